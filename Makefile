@@ -1,0 +1,66 @@
+# `make help` lists the targets. Each makes .venv first if it is missing, out of date or half made.
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Written last, removed first: without it the environment was left half made. It holds the folder it
+# belongs to, as an environment does not survive a move or a copy.
+STAMP := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+# One thread per worker: more would fight over the same cores.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+ifneq ($(shell test -x $(BIN)/python && cat $(STAMP) 2>/dev/null),$(CURDIR))
+$(STAMP): remake
+endif
+
+.PHONY: help venv bench test test-slow lint format clean remake
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r target text; do \
+		printf '  %-10s %s\n' "$$target" "$$text"; done
+
+venv: $(STAMP) ## make .venv with the project (editable) and everything it needs
+
+bench: $(STAMP) ## run the quick benchmark; report in results/quick/report.html
+	$(BIN)/sdeflow bench --suite quick --out results/quick
+
+test: lint ## lint, types, then every test that is not slow
+	$(PYTEST)
+
+test-slow: $(STAMP) ## the slow tests
+	$(PYTEST) -m slow --timeout 1800
+
+lint: $(STAMP) ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(wildcard sdeflow benchmarks)
+
+format: $(STAMP) ## apply ruff's fixes and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what these targets made: .venv, results/quick, caches
+	rm -rf $(VENV) results/quick build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+remake:
+	@rm -rf $(VENV)
+
+# The pinned torch goes first and alone: a looser request, ours or a dependency's, may bring another
+# build with gigabytes of accelerator libraries. The pinned build backend then builds the project.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) (about a minute on a new machine)"
+	@rm -f $@
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt '$(TORCH)'
+	$(PIP) install -c constraints.txt hatchling editables
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@echo '$(CURDIR)' > $@

@@ -1,0 +1,45 @@
+"""sdeflow: SDE and ODE solving with a diffusion front end."""
+
+from importlib.metadata import version as _version
+
+from sdeflow import grids, metrics, problems, solvers
+from sdeflow.gaussian import EDM, VE, VP, CosineVP, DiscreteVP, GaussianSDE, RectifiedFlow, SubVP
+from sdeflow.model import Model
+from sdeflow.noise import Noise
+from sdeflow.plan import Plan
+from sdeflow.reverse import ReverseSDE
+from sdeflow.sampling import sample
+from sdeflow.sde import ODE, SDE
+from sdeflow.solution import Solution, SolveError, State, Stats, Status
+from sdeflow.solve import iterate, solve
+
+__version__ = _version("sdeflow")
+
+__all__ = [
+    "EDM",
+    "ODE",
+    "SDE",
+    "VE",
+    "VP",
+    "CosineVP",
+    "DiscreteVP",
+    "GaussianSDE",
+    "Model",
+    "Noise",
+    "Plan",
+    "RectifiedFlow",
+    "ReverseSDE",
+    "Solution",
+    "SolveError",
+    "State",
+    "Stats",
+    "Status",
+    "SubVP",
+    "grids",
+    "iterate",
+    "metrics",
+    "problems",
+    "sample",
+    "solve",
+    "solvers",
+]

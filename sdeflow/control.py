@@ -1,0 +1,336 @@
+"""How a solve marches: along a grid that all samples share, or with a step size per sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdeflow.noise import Noise
+from sdeflow.sde import Problem
+from sdeflow.solution import Solution, State, Stats, Status
+from sdeflow.solvers.base import Solver
+from sdeflow.solvers.tableaus import Tableau
+
+
+class FixedGrid:
+    """The march over a grid: step i from grid[i] to grid[i + 1], all samples together."""
+
+    def __init__(
+        self, solver: Solver, problem: Problem, x: Tensor, grid: Tensor, noise: Noise | None, save: list[int]
+    ) -> None:
+        self._stepper = solver.stepper(problem, x, grid, noise)
+        self._grid, self._times = grid, grid.tolist()
+        self._save = set(save)
+        self._kept = {0: x} if 0 in self._save else {}
+        self._noise = noise
+        self._x, self._i = x, 0
+
+    @property
+    def state(self) -> State:
+        return State(self._x, self._times[self._i], self._i, len(self._times) - 1)
+
+    @property
+    def done(self) -> bool:
+        return self._i == len(self._times) - 1
+
+    def advance(self) -> None:
+        self._x = self._stepper.step(self._i, self._x)
+        self._i += 1
+        if self._i in self._save:
+            self._kept[self._i] = self._x
+
+    def solution(self) -> Solution:
+        finite = torch.isfinite(self._x.detach()).flatten(1).all(1)
+        calls = self._stepper.calls
+        return Solution(
+            x=self._x,
+            ts=self._grid[list(self._kept)] if self._save else None,
+            xs=torch.stack(list(self._kept.values())) if self._kept else None,
+            status=torch.where(finite, int(Status.FINISHED), int(Status.NON_FINITE)),
+            stats=Stats(nfe=calls, steps=self._i, accepted=self._i, rejected=0, calls=calls),
+            seed=None if self._noise is None else self._noise.seed,
+        )
+
+
+@dataclass(frozen=True)
+class PID:
+    """Step size control: h <- h clip(safety e^(-b1) e_prev^b2), e the error in units of the tolerance.
+
+    (Soderlind 2003, Digital filters in adaptive time-stepping; the defaults are the PI controller
+    of Hairer and Wanner 1996, Solving ODEs II, section IV.2, beta = 0.04 q.)
+
+    Args:
+        rtol, atol: the tolerance of a component is atol + rtol |x|; the norm of a sample is the
+            root mean square over its components.
+        max_steps: attempts a sample may make.
+    """
+
+    rtol: float
+    atol: float
+    max_steps: int = 100_000
+    safety: float = 0.9
+    shrink: float = 0.2
+    grow: float = 10.0
+    proportional: float = 0.7
+    integral: float = 0.4
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and value >= 0 and value == value):
+                raise ValueError(f"expected {name} >= 0, got {value!r}")
+        if not self.rtol + self.atol > 0:
+            raise ValueError("expected rtol or atol above 0, got 0 for both")
+        if not self.max_steps >= 1:
+            raise ValueError(f"expected max_steps >= 1, got {self.max_steps!r}")
+
+    def norm(self, error: Tensor, *states: Tensor) -> Tensor:
+        """The error of each sample in units of its tolerance, float64 (batch,)."""
+        size = torch.stack([s.abs() for s in states]).amax(0)
+        scaled = (error / (self.atol + self.rtol * size)).flatten(1).to(torch.float64)
+        return torch.sqrt((scaled**2).mean(1))
+
+    def factor(self, error: Tensor, previous: Tensor, order: int) -> Tensor:
+        """The factor of the next step after one of `error` (in tolerances), (batch,)."""
+        tiny = torch.clamp(error, min=1e-10)
+        factor = self.safety * tiny ** (-self.proportional / order) * previous ** (self.integral / order)
+        return torch.clamp(factor, self.shrink, self.grow)
+
+
+_KEEP = 8
+"""Finished samples leave the batch in such numbers that it stays a multiple of this: matrix
+products then use the same kernel, so that who finishes first does not change the others' bits."""
+
+
+class Adaptive:
+    """The march of an embedded Runge-Kutta pair with one time and one step size a sample.
+
+    Rejected samples keep their state; finished and failed ones leave the batch, so that they
+    neither cost model calls nor touch the others.
+    """
+
+    def __init__(
+        self,
+        tableau: Tableau,
+        problem: Problem,
+        x: Tensor,
+        t_span: tuple[float, float],
+        control: PID,
+        save: Tensor | None,
+    ) -> None:
+        self._table, self._control = tableau, control
+        self._start, self._end = t_span
+        self._sign = 1.0 if self._end > self._start else -1.0
+        self._problem = self._whole = problem
+        batch, device = x.shape[0], x.device
+
+        def per_sample(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.full((batch,), value, dtype=dtype, device=device)
+
+        # of all samples, in the caller's order
+        self._x, self._t = x, per_sample(self._start)
+        self._status = per_sample(-1, torch.int64)
+        self._nfe, self._accepted, self._rejected = (per_sample(0, torch.int64) for _ in range(3))
+        self._save = save
+        self._saved = (
+            None
+            if save is None
+            else torch.full((save.numel(), *x.shape), torch.nan, dtype=x.dtype, device=device)
+        )
+        self._calls = self._attempts = 0
+        # of the samples still in the batch
+        self._rows = torch.arange(batch, device=device)
+        self._live = torch.ones(batch, dtype=torch.bool, device=device)
+        self._y, self._s = x, per_sample(self._start)
+        self._k = self._drift(self._y, self._s)
+        self._h = self._first_step()
+        self._error = per_sample(1.0)
+        if self._saved is not None:
+            self._record_start(x)
+
+    # ---- the march
+
+    @property
+    def state(self) -> State:
+        return State(self._all_states(), self._times(), self._attempts, None)
+
+    @property
+    def done(self) -> bool:
+        return self._rows.numel() == 0
+
+    def advance(self) -> None:
+        """One attempted step of every sample in the batch."""
+        left = self._end - self._s
+        last = self._h >= left.abs() * (1 - 1e-12)
+        h = torch.where(last, left, self._sign * self._h)
+        y, error, stages = self._attempt(h)
+        accept_error = self._control.norm(error, self._y, y)
+        finite = torch.isfinite(accept_error)
+        accept = self._live & finite & (accept_error <= 1)
+        t = torch.where(last, torch.full_like(self._s, self._end), self._s + h)
+        self._attempts += 1
+        self._count(accept)
+        if self._saved is not None:
+            self._record(accept, t, h, stages)
+
+        previous = torch.clamp(self._error, min=1e-4)
+        factor = self._control.factor(torch.where(finite, accept_error, 1.0), previous, self._order)
+        # a rejected step never grows; a non-finite one says nothing of the error, so it is quartered
+        factor = torch.where(accept, factor, torch.clamp(factor, max=1.0))
+        factor = torch.where(finite, factor, 0.25)
+        self._h = torch.where(accept & last, self._h, h.abs() * factor)
+        self._error = torch.where(accept, accept_error, self._error)
+
+        mask = self._like(accept, y)
+        self._y = torch.where(mask, y, self._y)
+        self._s = torch.where(accept, t, self._s)
+        self._k = torch.where(mask, self._next_slope(stages), self._k)
+        self._retire()
+
+    def solution(self) -> Solution:
+        return Solution(
+            x=self._x,
+            ts=self._save,
+            xs=self._saved,
+            status=self._status.cpu(),
+            stats=Stats(
+                nfe=self._nfe.cpu(),
+                steps=(self._accepted + self._rejected).cpu(),
+                accepted=self._accepted.cpu(),
+                rejected=self._rejected.cpu(),
+                calls=self._calls,
+            ),
+        )
+
+    # ---- one attempt
+
+    @property
+    def _order(self) -> int:
+        """The order of the local error that steers the step."""
+        return self._table.order
+
+    def _like(self, v: Tensor, x: Tensor) -> Tensor:
+        return v.reshape(-1, *[1] * (x.ndim - 1))
+
+    def _drift(self, x: Tensor, t: Tensor) -> Tensor:
+        self._calls += 1
+        self._nfe[self._rows] += self._live.to(torch.int64)
+        value = self._problem.drift(x, self._like(t, x))
+        if value.shape != x.shape:
+            raise ValueError(f"the drift returned {tuple(value.shape)} for x of shape {tuple(x.shape)}")
+        return value.to(x.dtype)
+
+    def _attempt(self, h: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """(result, error estimate, stages) of a step h (batch,)."""
+        table, step = self._table, self._like(h, self._y).to(self._y.dtype)
+        stages = [self._k]
+        for c, row in zip(table.c[1:], table.a[1:], strict=True):
+            y = self._y + step * _combine(row, stages)
+            stages.append(self._drift(y, self._s + float(c) * h))
+        if not table.first_same_as_last:
+            y = self._y + step * _combine(table.b, stages)
+        assert table.b_error is not None
+        return y, step * _combine(table.b_error, stages), stages
+
+    def _next_slope(self, stages: list[Tensor]) -> Tensor:
+        """The drift at the result: the last stage of a first-same-as-last pair."""
+        assert self._table.first_same_as_last
+        return stages[-1]
+
+    def _first_step(self) -> Tensor:
+        """A first step size per sample (Hairer, Norsett and Wanner 1993, Solving ODEs I, section II.4)."""
+        span = abs(self._end - self._start)
+        norm = self._control.norm
+        d0, d1 = norm(self._y, self._y), norm(self._k, self._y)
+        guess = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6 * span, 0.01 * d0 / d1).clamp(max=span)
+        guess = torch.where(torch.isfinite(guess), guess, 1e-6 * span)
+        step = self._sign * guess
+        slope = self._drift(self._y + self._like(step, self._y).to(self._y.dtype) * self._k, self._s + step)
+        d2 = norm(slope - self._k, self._y) / guess
+        most = torch.maximum(d1, d2)
+        h = torch.where(
+            most <= 1e-15, torch.clamp(1e-3 * guess, min=1e-6 * span), (0.01 / most) ** (1 / self._order)
+        )
+        h = torch.minimum(100 * guess, h).clamp(max=span)
+        return torch.where(torch.isfinite(h), h, 1e-6 * span)
+
+    # ---- who is still in the batch
+
+    def _count(self, accept: Tensor) -> None:
+        self._accepted[self._rows] += accept.to(torch.int64)
+        self._rejected[self._rows] += (self._live & ~accept).to(torch.int64)
+
+    def _retire(self) -> None:
+        """Give finished and failed samples their status and let them leave the batch."""
+        attempts = (self._accepted + self._rejected)[self._rows]
+        underflow = self._h < 1e-14 * max(abs(self._start), abs(self._end))
+        stuck = ~torch.isfinite(self._k).flatten(1).all(1)
+        verdict = torch.full_like(self._rows, -1)
+        verdict[attempts >= self._control.max_steps] = Status.STEP_LIMIT
+        verdict[underflow] = Status.STEP_UNDERFLOW
+        verdict[stuck] = Status.NON_FINITE
+        verdict[self._s == self._end] = Status.FINISHED
+        ended = self._live & (verdict >= 0)
+        if not bool(ended.any()):
+            return
+        self._status[self._rows[ended]] = verdict[ended]
+        self._write_back()
+        self._live = self._live & ~ended
+        alive = int(self._live.sum())
+        keep = 0 if alive == 0 else min(-(-alive // _KEEP) * _KEEP, self._rows.numel())
+        if keep == self._rows.numel():
+            return
+        # the live samples, in order, and enough ended ones to fill the batch
+        order = torch.argsort((~self._live).to(torch.int8), stable=True)[:keep].sort().values
+        self._rows, self._live = self._rows[order], self._live[order]
+        self._y, self._k = self._y[order], self._k[order]
+        self._s, self._h, self._error = self._s[order], self._h[order], self._error[order]
+        self._problem = self._whole.take(self._rows)
+
+    def _write_back(self) -> None:
+        self._x = self._all_states()
+        self._t = self._times()
+
+    def _all_states(self) -> Tensor:
+        rows = self._rows[self._live]
+        return self._x if rows.numel() == 0 else self._x.index_copy(0, rows, self._y[self._live])
+
+    def _times(self) -> Tensor:
+        return self._t.index_copy(0, self._rows[self._live], self._s[self._live])
+
+    # ---- saved times
+
+    def _record_start(self, x: Tensor) -> None:
+        assert self._save is not None and self._saved is not None
+        self._saved[self._save == self._start] = x
+
+    def _record(self, accept: Tensor, t: Tensor, h: Tensor, stages: list[Tensor]) -> None:
+        """Dense output at the saved times that this step passed."""
+        assert self._save is not None and self._saved is not None
+        passed = accept & (self._s != t)
+        for j, at in enumerate(self._save.tolist()):
+            here = passed & (self._sign * (at - self._s) > 0) & (self._sign * (t - at) >= 0)
+            if bool(here.any()):
+                theta = ((at - self._s) / h)[here]
+                part = [k[here] for k in stages]
+                self._saved[j, self._rows[here]] = self._interpolate(self._y[here], h[here], theta, part)
+
+    def _interpolate(self, y: Tensor, h: Tensor, theta: Tensor, stages: list[Tensor]) -> Tensor:
+        assert self._table.dense is not None
+        value = torch.zeros_like(y)
+        for row, k in zip(self._table.dense, stages, strict=True):
+            weight = sum(float(c) * theta ** (p + 1) for p, c in enumerate(row))
+            value = value + self._like(h * weight, y).to(y.dtype) * k
+        return y + value
+
+
+def _combine(weights: tuple, stages: list[Tensor]) -> Tensor:
+    """sum_j weights_j stages_j, elementwise: the same bits whatever the batch."""
+    total: Tensor | None = None
+    for w, k in zip(weights, stages, strict=False):
+        if w != 0:
+            total = float(w) * k if total is None else torch.add(total, k, alpha=float(w))
+    assert total is not None
+    return total

@@ -1,0 +1,290 @@
+"""Networks that predict a part of x_t = alpha x_0 + sigma eps, and one conversion between all parts.
+
+Every prediction is a row (a, b) of one table, value = a x_0 + b eps:
+
+    prediction    a         b
+    x0            1         0
+    eps           0         1
+    score         0        -1/sigma
+    v            -sigma     alpha             (Salimans and Ho 2022, Progressive distillation, section 4)
+    velocity      alpha'    sigma'            (the probability flow's drift; eps - x_0 for rectified flow)
+
+With x = alpha x_0 + sigma eps, two rows and x determine each other: the value of row (c, d) is
+
+    p x + q value,   p = (c b - d a)/(alpha b - sigma a),   q = (alpha d - sigma c)/(alpha b - sigma a).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sdeflow.gaussian import DiscreteVP, GaussianSDE
+from sdeflow.sde import SDE, Evaluator
+from sdeflow.times import Time, align
+
+Prediction = Literal["x0", "eps", "score", "v", "velocity"]
+PREDICTIONS: tuple[str, ...] = get_args(Prediction)
+TimeInput = Literal["sigma", "lam", "discrete"] | Callable[[Tensor], Tensor] | None
+Row = tuple[Tensor, Tensor]
+
+
+def check_prediction(prediction: str) -> None:
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"unknown prediction {prediction!r}: expected one of {', '.join(PREDICTIONS)}")
+
+
+def row_of(prediction: str, process: GaussianSDE, t: Tensor) -> Row:
+    """(a, b) of the prediction's row at times t, float64."""
+    one = torch.ones_like(t)
+    if prediction == "x0":
+        return one, 0 * one
+    if prediction == "eps":
+        return 0 * one, one
+    if prediction == "score":
+        return 0 * one, -1 / process.sigma(t)
+    if prediction == "v":
+        return -process.sigma(t), process.alpha(t)
+    check_prediction(prediction)
+    return process.derivatives(t)
+
+
+def conversion(process: GaussianSDE, t: Tensor, given: Row, wanted: Row) -> Row:
+    """(p, q) with wanted value = p x + q given value."""
+    (a, b), (c, d) = given, wanted
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    determinant = alpha * b - sigma * a
+    return (c * b - d * a) / determinant, (alpha * d - sigma * c) / determinant
+
+
+class Counter:
+    """A count that copies of a model share."""
+
+    __slots__ = ("calls",)
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+class Model:
+    """A network and what it predicts, on the process it was made for.
+
+    `model(x, t, as_="score")` evaluates the network once and converts its output; `score`, `x0`
+    and `eps` are shorthands. `nfe` counts the calls of the network.
+
+    Args:
+        net: called as `net(x, time)` or `net(x, time, **conditions)`; returns the shape of x.
+        sde: the process; predictions other than the score need a GaussianSDE.
+        prediction: what `net` returns, a row of the table of this module.
+        time: what the network is told about the time t: None for t itself, "sigma" for sigma(t)
+            (EDM and VE networks), "lam" for log(alpha/sigma), "discrete" for the fractional table index
+            0..N-1 of a DiscreteVP, or a function of a float64 tensor of times, such as
+            `lambda t: 999 * t` for score_sde's VP networks.
+        expand: True gives the network a (batch,) vector in the dtype of x, as networks expect;
+            False gives the float64 time as the solver holds it, 0-d or (batch, 1, ..., 1), as
+            closed forms want.
+
+    Raises:
+        ValueError: unknown prediction or time input, or a process that does not define it.
+    """
+
+    def __init__(
+        self,
+        net: Callable[..., Tensor],
+        sde: SDE,
+        prediction: Prediction = "eps",
+        time: TimeInput = None,
+        *,
+        expand: bool = True,
+    ) -> None:
+        check_prediction(prediction)
+        if not callable(net):
+            raise TypeError(f"expected net to be callable as net(x, t), got {type(net).__name__}")
+        if not isinstance(sde, SDE):
+            raise TypeError(f"expected sde to be an SDE, got {type(sde).__name__}")
+        if prediction != "score" and not isinstance(sde, GaussianSDE):
+            raise ValueError(
+                f"prediction {prediction!r} needs alpha and sigma of a GaussianSDE; "
+                f'{type(sde).__name__} is not one: expected prediction "score"'
+            )
+        self.net = net
+        self.sde = sde
+        self.prediction = prediction
+        self.expand = expand
+        self.time = time
+        self.conditions: dict[str, Any] = {}
+        self._time_input = _time_input(time, sde)
+        self._counter = Counter()
+
+    def __repr__(self) -> str:
+        name = getattr(self.net, "__name__", type(self.net).__name__)
+        return f"Model({name}, {self.sde!r}, {self.prediction!r})"
+
+    @property
+    def nfe(self) -> int:
+        """Calls of the network so far, by this model and those bound from it."""
+        return self._counter.calls
+
+    @property
+    def gaussian(self) -> GaussianSDE:
+        """The process, which must be a GaussianSDE.
+
+        Raises:
+            ValueError: it is not, so that there are no predictions but the score.
+        """
+        if not isinstance(self.sde, GaussianSDE):
+            raise ValueError(
+                f"this needs alpha and sigma of a GaussianSDE; {type(self.sde).__name__} has only a score"
+            )
+        return self.sde
+
+    # ---- evaluation
+
+    def __call__(self, x: Tensor, t: Time, as_: str = "score") -> Tensor:
+        """The prediction `as_` at x (batch, *event) and t (one time, or one a sample), of the shape of x."""
+        check_prediction(as_)
+        t = align(t, x)
+        value = self.raw(x, self._input(x, t))
+        if as_ == self.prediction:
+            return value
+        process = self.gaussian
+        return self.convert(x, t, value, row_of(as_, process, t))
+
+    def score(self, x: Tensor, t: Time) -> Tensor:
+        """grad log p_t(x)."""
+        return self(x, t, as_="score")
+
+    def x0(self, x: Tensor, t: Time) -> Tensor:
+        """The posterior mean E[x_0 | x_t = x]."""
+        return self(x, t, as_="x0")
+
+    def eps(self, x: Tensor, t: Time) -> Tensor:
+        """E[eps | x_t = x]."""
+        return self(x, t, as_="eps")
+
+    def value(self, x: Tensor, t: Tensor, wanted: Row) -> Tensor:
+        """The value of any row (c, d) = c x_0 + d eps at aligned times t."""
+        return self.convert(x, t, self.raw(x, self._input(x, t)), wanted)
+
+    def convert(self, x: Tensor, t: Tensor, value: Tensor, wanted: Row) -> Tensor:
+        """The row `wanted` from the network's own `value` at (x, t)."""
+        p, q = conversion(self.gaussian, t, row_of(self.prediction, self.gaussian, t), wanted)
+        return p.to(x.dtype) * x + q.to(x.dtype) * value
+
+    def evaluator(self, times: Tensor, wanted: Row) -> Evaluator:
+        """`evaluate(k, x)`: the row `wanted[k]` at times[k], every coefficient computed here, once.
+
+        Args:
+            times: (n,) float64.
+            wanted: rows (c, d), each (n,).
+        """
+        given = row_of(self.prediction, self.gaussian, times)
+        ps, qs = (v.tolist() for v in conversion(self.gaussian, times, given, wanted))
+        inputs = self._time_input(times).unbind()
+
+        def evaluate(k: int, x: Tensor) -> Tensor:
+            time = (
+                inputs[k].to(device=x.device, dtype=x.dtype).expand(x.shape[0]) if self.expand else inputs[k]
+            )
+            value, p, q = self.raw(x, time), ps[k], qs[k]
+            if p == 0.0:
+                return value if q == 1.0 else q * value
+            return torch.add(q * value, x, alpha=p)
+
+        return evaluate
+
+    def raw(self, x: Tensor, time: Tensor) -> Tensor:
+        """The network's own output, counted and checked for its shape."""
+        self._counter.calls += 1
+        value = self.net(x, time, **self.conditions)
+        if not isinstance(value, Tensor) or value.shape != x.shape:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"the model returned {got} for x of shape {tuple(x.shape)}: expected the shape of x"
+            )
+        return value if value.dtype == x.dtype else value.to(x.dtype)
+
+    def _input(self, x: Tensor, t: Tensor) -> Tensor:
+        time = self._time_input(t)
+        if not self.expand:
+            return time
+        return time.to(device=x.device, dtype=x.dtype).flatten().expand(x.shape[0])
+
+    # ---- copies
+
+    def bind(self, **conditions: Any) -> Model:
+        """The same model with conditions passed to the network at every call.
+
+        Tensors have one row a sample and follow their samples; other values are passed as they are.
+
+        Raises:
+            TypeError: the network does not take a condition of that name.
+        """
+        accepted = _parameters(self.net)
+        unknown = [name for name in conditions if accepted is not None and name not in accepted]
+        if unknown:
+            raise TypeError(
+                f"the network does not take {', '.join(unknown)}: it takes {', '.join(accepted or ())}"
+            )
+        model = copy.copy(self)
+        model.conditions = {**self.conditions, **conditions}
+        return model
+
+    def take(self, rows: Tensor) -> Model:
+        """The same model with its per-sample conditions restricted to the samples `rows`."""
+        if not self.conditions:
+            return self
+        model = copy.copy(self)
+        model.conditions = {k: v[rows] if isinstance(v, Tensor) else v for k, v in self.conditions.items()}
+        return model
+
+    def check_batch(self, batch: int) -> None:
+        """Refuse per-sample conditions of another batch size than the samples'."""
+        for name, value in self.conditions.items():
+            if isinstance(value, Tensor) and (value.ndim == 0 or value.shape[0] != batch):
+                raise ValueError(
+                    f"condition {name!r}: expected one row a sample, ({batch}, ...), got {tuple(value.shape)}"
+                )
+
+
+def as_model(model: Model | Callable[..., Tensor], process: SDE) -> Model:
+    """A callable score(x, t) as a Model of the process; a Model is checked to be of that process."""
+    if not isinstance(model, Model):
+        if not callable(model):
+            raise TypeError(f"expected a Model or a callable score(x, t), got {type(model).__name__}")
+        return Model(model, process, "score", expand=False)
+    if model.sde is not process and model.sde != process:
+        raise ValueError(f"the model was made for {model.sde!r}, not for {process!r}")
+    return model
+
+
+def _time_input(time: TimeInput, sde: SDE) -> Callable[[Tensor], Tensor]:
+    if time is None:
+        return lambda t: t
+    if callable(time):
+        return time
+    if time == "discrete" and isinstance(sde, DiscreteVP):
+        return sde.index_of_time
+    if time in ("sigma", "lam") and isinstance(sde, GaussianSDE):
+        return sde.sigma if time == "sigma" else sde.lam
+    if time in ("discrete", "sigma", "lam"):
+        needed = "a DiscreteVP" if time == "discrete" else "a GaussianSDE"
+        raise ValueError(f"time={time!r} needs {needed}, got {sde!r}; pass a function of t instead")
+    raise ValueError(f'expected time to be None, "sigma", "lam", "discrete" or a function, got {time!r}')
+
+
+def _parameters(net: Callable[..., Any]) -> tuple[str, ...] | None:
+    """Names that a call of `net` accepts, or None when it accepts any or does not say."""
+    target = net.forward if isinstance(net, torch.nn.Module) else net
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))

@@ -1,0 +1,297 @@
+"""Exact-score problems: distributions whose noised density, score and posterior are closed forms.
+
+Under x_t = alpha x_0 + sigma eps a mixture of Gaussians stays one, with means alpha m_k and
+covariances alpha^2 C_k + sigma^2 I; `distribution.model(process)` is the exact `Model` of any
+GaussianSDE. Models predict v, the row that is well conditioned at both ends of time.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdeflow.gaussian import GaussianSDE
+from sdeflow.model import Model
+from sdeflow.noise import DATA, Noise
+from sdeflow.times import Time, align
+
+_PAD = 4
+"""Rows are padded to a multiple of this: matrix products of other sizes end in a kernel that rounds
+differently, and a sample's score must not depend on how many others are evaluated with it."""
+
+
+class Distribution(ABC):
+    """A data distribution with exact noised laws. `event` is the shape of one sample."""
+
+    event: tuple[int, ...]
+
+    @abstractmethod
+    def sample(self, n: int, seed: int) -> Tensor:
+        """`n` draws (n, *event), float64; draw i depends on (seed, i) only."""
+
+    @abstractmethod
+    def _log_density(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """log p_t of flat x (batch, dim) with alpha, sigma 0-d or (batch, 1)."""
+
+    @abstractmethod
+    def _v(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """E[alpha eps - sigma x_0 | x] of flat x (batch, dim), rows a multiple of `_PAD`."""
+
+    def log_prob(self, x: Tensor, process: GaussianSDE | None = None, t: Time | None = None) -> Tensor:
+        """log p(x) (batch,), or log p_t(x) under `process` at time t (one, or one a sample).
+
+        Raises:
+            ValueError: x has another event shape, or only one of process and t is given.
+        """
+        self._check_event(x)
+        if (process is None) != (t is None):
+            raise ValueError("expected process and t together, for the noised density, or neither")
+        if process is None or t is None:
+            one = torch.ones((), dtype=torch.float64)
+            return self._log_density(x.flatten(1), one, 0 * one)
+        t = align(t, x.flatten(1))
+        return self._log_density(x.flatten(1), process.alpha(t), process.sigma(t))
+
+    def model(self, process: GaussianSDE) -> Model:
+        """The exact model of this data under `process`, in the dtype of the states it is given."""
+        if not isinstance(process, GaussianSDE):
+            raise TypeError(f"expected a GaussianSDE, got {type(process).__name__}")
+
+        def levels(t: Tensor) -> Tensor:
+            return torch.stack([process.alpha(t), process.sigma(t)], dim=-1)
+
+        def exact_v(x: Tensor, level: Tensor) -> Tensor:
+            self._check_event(x)
+            flat, batch = x.flatten(1), x.shape[0]
+            alpha, sigma = level.unbind(-1)
+            if alpha.ndim > 0:
+                alpha, sigma = alpha.reshape(-1, 1), sigma.reshape(-1, 1)
+            extra = -batch % _PAD
+            if extra:
+                flat = torch.cat([flat, flat[-1:].expand(extra, -1)])
+                if alpha.ndim > 0 and alpha.shape[0] > 1:
+                    alpha, sigma = (torch.cat([v, v[-1:].expand(extra, -1)]) for v in (alpha, sigma))
+            return self._v(flat, alpha, sigma)[:batch].reshape(x.shape)
+
+        return Model(exact_v, process, "v", levels, expand=False)
+
+    def _check_event(self, x: Tensor) -> None:
+        if tuple(x.shape[1:]) != self.event:
+            raise ValueError(
+                f"expected x of shape (batch, {', '.join(map(str, self.event))}), got {tuple(x.shape)}"
+            )
+
+
+class GaussianMixture(Distribution):
+    """A mixture sum_k w_k N(m_k, C_k) in any dimension.
+
+    Args:
+        means: (K, *event).
+        covariances: (K, D, D) full, (K, D) diagonal, (K,) or a number isotropic (variances), with D
+            the number of components of one sample.
+        weights: (K,), positive; normalised here. None for equal weights.
+
+    Raises:
+        ValueError: shapes that do not fit, weights that are not positive, or a covariance that is not
+            symmetric and positive semi-definite.
+    """
+
+    def __init__(self, means: Any, covariances: Any, weights: Any = None) -> None:
+        means = torch.as_tensor(means, dtype=torch.float64)
+        if means.ndim < 2:
+            raise ValueError(f"expected means of shape (K, *event), got {tuple(means.shape)}")
+        self.event = tuple(means.shape[1:])
+        self.means = means.flatten(1)
+        k, d = self.means.shape
+        self.weights = _weights(weights, k)
+        self.variances, self.axes = _eigen(torch.as_tensor(covariances, dtype=torch.float64), k, d)
+        self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.means.shape[0]} components, event {self.event})"
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of the distribution, float64 (*event,)."""
+        return (self.weights @ self.means).reshape(self.event)
+
+    @property
+    def covariance(self) -> Tensor:
+        """The covariance of the distribution, float64 (D, D)."""
+        inside = torch.einsum(
+            "k,kij,kj,klj->il", self.weights, self._full_axes(), self.variances, self._full_axes()
+        )
+        centred = self.means - self.mean.flatten()
+        return inside + torch.einsum("k,ki,kj->ij", self.weights, centred, centred)
+
+    def _full_axes(self) -> Tensor:
+        k, d = self.means.shape
+        return torch.eye(d, dtype=torch.float64).expand(k, d, d) if self.axes is None else self.axes
+
+    def sample(self, n: int, seed: int) -> Tensor:
+        k, d = self.means.shape
+        z = Noise(seed, n).normal(DATA, 0, (d + 1,), torch.float64)
+        share = torch.special.ndtr(z[:, 0])
+        which = torch.clamp(torch.searchsorted(self.weights.cumsum(0), share), max=k - 1)
+        x = torch.sqrt(self.variances[which]) * z[:, 1:]
+        if self.axes is not None:
+            x = (self.axes[which] @ x.unsqueeze(-1)).squeeze(-1)
+        return (self.means[which] + x).reshape(n, *self.event)
+
+    def _constants(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(log weights (K, 1), axes, means in the axes, means, variances), the last three (K, 1, D), as x is."""
+        key = (x.dtype, x.device)
+        if key not in self._cast:
+            rotated = self.means if self.axes is None else (self.means.unsqueeze(1) @ self.axes).squeeze(1)
+            axes = torch.zeros(0) if self.axes is None else self.axes
+            parts = (
+                torch.log(self.weights)[:, None],
+                axes,
+                rotated[:, None],
+                self.means[:, None],
+                self.variances[:, None],
+            )
+            self._cast[key] = tuple(p.to(device=x.device, dtype=x.dtype) for p in parts)
+        return self._cast[key]
+
+    def _whitened(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(components of x - alpha m_k along the axes (K, batch, D), their precisions, log w_k N_k (K, batch))."""
+        log_weights, axes, rotated, _, variances = self._constants(x)
+        along = x if self.axes is None else torch.matmul(x, axes)
+        y = along - alpha.to(x.dtype) * rotated
+        precision = 1 / ((alpha**2).to(x.dtype) * variances + (sigma**2).to(x.dtype))
+        logits = log_weights + 0.5 * (torch.log(precision) - y**2 * precision).sum(-1)
+        return y, precision, logits - 0.5 * x.shape[1] * math.log(2 * math.pi)
+
+    def _log_density(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return torch.logsumexp(self._whitened(x, alpha, sigma)[2], dim=0)
+
+    def _v(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """sum_k r_k [alpha sigma U_k (1 - l_k)/(alpha^2 l_k + sigma^2) y_k - sigma m_k], r_k the responsibilities."""
+        _, axes, _, means, variances = self._constants(x)
+        y, precision, logits = self._whitened(x, alpha, sigma)
+        share = torch.softmax(logits, dim=0).unsqueeze(-1)
+        pull = share * (alpha * sigma).to(x.dtype) * (1 - variances) * precision * y
+        if self.axes is not None:
+            pull = torch.matmul(pull, axes.mT)
+        return (pull - share * (sigma.to(x.dtype) * means)).sum(0)
+
+
+class Gaussian(GaussianMixture):
+    """A Gaussian N(mean, C): the one problem whose flow and reverse SDE are affine maps.
+
+    Args:
+        mean: (*event,), or a number for one dimension.
+        covariance: (D, D) full, (D,) diagonal, or a number, isotropic (variances).
+    """
+
+    def __init__(self, mean: Any, covariance: Any) -> None:
+        mean = torch.as_tensor(mean, dtype=torch.float64)
+        covariance = torch.as_tensor(covariance, dtype=torch.float64)
+        super().__init__(torch.atleast_1d(mean)[None], covariance[None])
+
+
+class Empirical(Distribution):
+    """Data points blurred by N(0, bandwidth^2 I): the exact score of a training set.
+
+    The posterior mean is a softmax over all points (Karras et al. 2022, EDM, appendix B.3). Distances
+    are formed in float64 whatever the dtype of x: float32 loses them below sigma = 0.01.
+
+    Args:
+        data: (N, *event).
+        bandwidth: standard deviation around each point, >= 0.
+    """
+
+    def __init__(self, data: Any, bandwidth: float = 0.0) -> None:
+        data = torch.as_tensor(data, dtype=torch.float64)
+        if data.ndim < 2 or data.shape[0] < 1:
+            raise ValueError(f"expected data of shape (N, *event), got {tuple(data.shape)}")
+        if not bool(torch.isfinite(data).all()):
+            raise ValueError("expected finite data")
+        if not bandwidth >= 0:
+            raise ValueError(f"expected bandwidth >= 0, got {bandwidth!r}")
+        self.event = tuple(data.shape[1:])
+        self.data = data.flatten(1)
+        self.bandwidth = float(bandwidth)
+        self._centre = self.data.mean(0)
+        self._centred = self.data - self._centre
+        self._norms = (self._centred**2).sum(1)
+
+    def __repr__(self) -> str:
+        return f"Empirical({self.data.shape[0]} points, event {self.event}, bandwidth {self.bandwidth:g})"
+
+    def sample(self, n: int, seed: int) -> Tensor:
+        z = Noise(seed, n).normal(DATA, 0, (self.data.shape[1] + 1,), torch.float64)
+        count = self.data.shape[0]
+        which = torch.clamp((torch.special.ndtr(z[:, 0]) * count).long(), max=count - 1)
+        return (self.data[which] + self.bandwidth * z[:, 1:]).reshape(n, *self.event)
+
+    def _logits(self, x: Tensor, alpha: Tensor, variance: Tensor) -> Tensor:
+        """-|x - alpha d_i|^2/(2 variance) (batch, N), float64."""
+        y = x.to(torch.float64) - alpha * self._centre.to(x.device)
+        square = (y**2).sum(1, keepdim=True) + alpha**2 * self._norms.to(x.device)
+        return (y @ self._centred.T.to(x.device) * (2 * alpha) - square) / (2 * variance)
+
+    def _log_density(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        variance = alpha**2 * self.bandwidth**2 + sigma**2
+        logits = self._logits(x, alpha, variance)
+        constant = 0.5 * x.shape[1] * torch.log(2 * math.pi * variance).reshape(-1)
+        return torch.logsumexp(logits, dim=1) - constant - math.log(self.data.shape[0])
+
+    def _v(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        variance = alpha**2 * self.bandwidth**2 + sigma**2
+        share = torch.softmax(self._logits(x, alpha, variance), dim=1)
+        mean = share @ self.data.to(x.device)
+        pull = alpha * sigma * (1 - self.bandwidth**2) / variance * (x - alpha * mean)
+        return (pull - sigma * mean).to(x.dtype)
+
+
+def EightGaussians(radius: float = 2.0, std: float = 0.15) -> GaussianMixture:
+    """Eight equal Gaussians on a circle in the plane."""
+    angle = 2 * math.pi * torch.arange(8, dtype=torch.float64) / 8
+    return GaussianMixture(radius * torch.stack([angle.cos(), angle.sin()], dim=1), std**2)
+
+
+def TwoMoons(std: float = 0.1, components: int = 16) -> GaussianMixture:
+    """Two interleaved half circles of radius 1 in the plane, each a chain of Gaussians."""
+    angle = math.pi * (torch.arange(components, dtype=torch.float64) + 0.5) / components
+    upper = torch.stack([angle.cos(), angle.sin()], dim=1)
+    lower = torch.stack([1 - angle.cos(), 0.5 - angle.sin()], dim=1)
+    return GaussianMixture(torch.cat([upper, lower]) - torch.tensor([0.5, 0.25], dtype=torch.float64), std**2)
+
+
+def _weights(weights: Any, k: int) -> Tensor:
+    weights = (
+        torch.ones(k, dtype=torch.float64)
+        if weights is None
+        else torch.as_tensor(weights, dtype=torch.float64)
+    )
+    if weights.shape != (k,) or not bool((weights > 0).all() and torch.isfinite(weights).all()):
+        raise ValueError(f"expected {k} positive weights, got {weights.tolist()}")
+    return weights / weights.sum()
+
+
+def _eigen(covariances: Tensor, k: int, d: int) -> tuple[Tensor, Tensor | None]:
+    """(eigenvalues (K, D), eigenvectors (K, D, D) or None for the coordinate axes)."""
+    if covariances.shape == (k, d, d):
+        scale = covariances.abs().amax()
+        if not torch.allclose(covariances, covariances.mT, rtol=0, atol=float(1e-10 * scale)):
+            raise ValueError("expected symmetric covariances")
+        variances, axes = torch.linalg.eigh(covariances)
+        floor = -1e-10 * scale
+    elif covariances.ndim == 0 or covariances.shape in ((k,), (k, d)):
+        column = covariances if covariances.ndim != 1 else covariances[:, None]
+        variances, axes, floor = column.expand(k, d).clone(), None, torch.zeros(())
+    else:
+        raise ValueError(
+            f"expected covariances of shape ({k}, {d}, {d}), ({k}, {d}), ({k},) or a number, got {tuple(covariances.shape)}"
+        )
+    if not bool((variances >= floor).all()):
+        raise ValueError(
+            f"expected covariances without negative eigenvalues, got one of {float(variances.min()):g}"
+        )
+    return variances.clamp(min=0), axes

@@ -1,0 +1,100 @@
+"""Samples of a model: the prior, the reversal and the solver in one call."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sdeflow.model import Model
+from sdeflow.reverse import Eta
+from sdeflow.solution import Solution
+from sdeflow.solve import Grid, Save, solve
+from sdeflow.solvers.base import Solver
+
+
+def sample(
+    model: Model,
+    num: int,
+    *,
+    shape: tuple[int, ...],
+    solver: Solver,
+    steps: int | None = None,
+    eta: Eta = 0.0,
+    grid: Grid | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    t_span: tuple[float, float] | None = None,
+    seed: int = 0,
+    index: int | Tensor | None = None,
+    final: Literal["stay", "denoise", "zero"] = "stay",
+    save: Save = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    throw: bool = True,
+) -> Solution:
+    """`num` samples (num, *shape) of `model`: `solve` on `sde.reverse(model, eta)` from the prior.
+
+    Sample i depends on (seed, index of i) alone, not on `num` or on the others. Records no gradients.
+
+    Args:
+        model: a `Model` of a GaussianSDE.
+        num: number of samples.
+        shape: of one sample.
+        solver, steps, grid, rtol, atol, t_span, save, progress, throw: as in `solve`.
+        eta: stochasticity of the reversal: 0 the flow, 1 the reverse SDE.
+        seed: of the prior and the noise.
+        index: the samples' indices: an offset, or one a sample, int64 (num,).
+        final: what happens at the end. "stay" returns x at the process's t_min; "denoise" replaces it
+            by the posterior mean E[x_0 | x], one more model call; "zero" runs the grid down to t0 (for
+            exponential solvers, whose last step to sigma = 0 is exact in data prediction).
+        dtype, device: of the samples; those of the network's parameters unless given, else float32 on the CPU.
+
+    Raises:
+        ValueError, TypeError, SolveError: as `solve`.
+    """
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"expected a Model, got {type(model).__name__}; wrap the network: sf.Model(net, sde, ...)"
+        )
+    if isinstance(num, bool) or not isinstance(num, int) or num < 1:
+        raise ValueError(f"expected num >= 1 samples, got {num!r}")
+    if final not in ("stay", "denoise", "zero"):
+        raise ValueError(f'expected final "stay", "denoise" or "zero", got {final!r}')
+    process = model.gaussian
+    if final == "zero":
+        if t_span is not None or (grid is not None and not callable(grid)):
+            raise ValueError('final="zero" ends the grid at t0 itself: give no t_span or grid of times')
+        t_span = (process.t1, process.t0)
+    like = _parameter(model)
+    dtype = dtype or (like.dtype if like is not None else torch.float32)
+    device = device or (like.device if like is not None else "cpu")
+    with torch.no_grad():
+        x = process.prior_sample((num, *shape), seed, index=index, dtype=dtype, device=device)
+        solution = solve(
+            process.reverse(model, eta), x, solver, steps=steps, grid=grid, rtol=rtol, atol=atol,
+            t_span=t_span, seed=seed, index=index, save=save, progress=progress, throw=throw,
+        )  # fmt: skip
+        if final == "denoise":
+            end = _end_time(process.t_min, grid, t_span)
+            solution = _with_call(solution, model.x0(solution.x, end))
+    return solution
+
+
+def _parameter(model: Model) -> Tensor | None:
+    net = model.net
+    return next(net.parameters(), None) if isinstance(net, torch.nn.Module) else None
+
+
+def _end_time(t_min: float, grid: Grid | None, t_span: tuple[float, float] | None) -> float:
+    if grid is not None and not callable(grid):
+        return float(torch.as_tensor(grid)[-1])
+    return t_min if t_span is None else float(t_span[1])
+
+
+def _with_call(solution: Solution, x: Tensor) -> Solution:
+    stats = dataclasses.replace(solution.stats, nfe=solution.stats.nfe + 1, calls=solution.stats.calls + 1)
+    return dataclasses.replace(solution, x=x, stats=stats)

@@ -1,0 +1,195 @@
+"""Problems a solver accepts: `ODE` (drift) and `SDE` (drift and diffusion).
+
+Time is one clock for everything: t = 0 is data, forward noising runs t0 -> t1, and a reversed
+process runs on the same clock from t1 down, with signed steps h = t_next - t < 0.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from sdeflow import grids
+from sdeflow.times import Time
+
+if TYPE_CHECKING:
+    from sdeflow.model import Model
+    from sdeflow.reverse import ReverseSDE
+    from sdeflow.solve import Solution
+    from sdeflow.solvers.base import Solver
+
+Evaluator = Callable[[int, Tensor], Tensor]
+"""`evaluate(k, x)`: the k-th evaluation of a plan, at the k-th of the times it was made for."""
+
+Score = Callable[[Tensor, Tensor], Tensor]
+"""`score(x, t)`: grad log p_t at x; t is 0-d, or (batch, 1, ..., 1) when steps are per sample."""
+
+
+class Problem(ABC):
+    """What `solve` integrates. Users derive from `ODE` or `SDE`, not from this class."""
+
+    t0: float = 0.0
+    t1: float = 1.0
+    direction: int = 1
+    """+1: runs from t0 up to t1; -1: runs from t1 down."""
+    per_sample: ClassVar[tuple[str, ...]] = ()
+    """Names of attributes whose first dimension is the batch: kept in step with the samples
+    when finished ones leave the batch (adaptive solving)."""
+
+    @abstractmethod
+    def drift(self, x: Tensor, t: Tensor) -> Tensor:
+        """The drift f(x, t), of the shape of x. `t` is 0-d float64, or (batch, 1, ..., 1)."""
+
+    @property
+    def t_min(self) -> float:
+        """Where a reversed run ends unless told otherwise (the process's sampling end)."""
+        return self.t0
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """(start, end) of a run when the caller gives no `t_span`."""
+        return (self.t0, self.t1) if self.direction > 0 else (self.t1, self.t_min)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a path of this problem needs noise."""
+        return False
+
+    def default_grid(self, steps: int, t_start: float, t_end: float) -> Tensor:
+        """The grid that `steps` alone means."""
+        return grids.uniform(self, steps, t_start, t_end)
+
+    def evaluator(self, target: str, times: Tensor) -> Evaluator:
+        """The function that a plan calls: `target` (here only "drift") at each of `times`."""
+        if target != "drift":
+            raise ValueError(
+                f"this solver needs the {target!r} of a Gaussian process with a model "
+                f"(sde.reverse(model) of a GaussianSDE); {type(self).__name__} has only a drift: "
+                "use a solver of the drift view, such as Heun, RK45 or EulerMaruyama"
+            )
+        ts = times.unbind()
+        return lambda k, x: self.drift(x, ts[k])
+
+    def check_batch(self, batch: int) -> None:
+        """Refuse per-sample attributes or conditions of another batch size than the samples'."""
+        for name in self.per_sample:
+            rows = getattr(self, name).shape[:1]
+            if tuple(rows) != (batch,):
+                raise ValueError(f"per_sample attribute {name!r}: expected {batch} rows, got {tuple(rows)}")
+
+    def take(self, rows: Tensor) -> Self:
+        """The same problem for the samples `rows` of the batch only."""
+        if not self.per_sample:
+            return self
+        part = copy.copy(self)
+        for name in self.per_sample:
+            object.__setattr__(part, name, getattr(self, name)[rows])
+        return part
+
+
+class ODE(Problem):
+    """A user's ordinary differential equation dx = f(x, t) dt on [t0, t1].
+
+    Write `drift(self, x, t)`; set `t0`, `t1` (class or instance attributes).
+    """
+
+
+class SDE(Problem):
+    """A user's Ito equation dx = f(x, t) dt + G(x, t) dW on [t0, t1].
+
+    Write `drift(self, x, t)` and `diffusion(self, x, t)`; set `t0`, `t1` and `noise`:
+
+    - "diagonal": `diffusion` broadcasts against x and multiplies noise of the shape of x;
+    - "general": `diffusion` returns (*x.shape, m) and multiplies noise of m components a sample.
+    """
+
+    noise: Literal["diagonal", "general"] = "diagonal"
+
+    @abstractmethod
+    def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
+        """The diffusion G(x, t): broadcasts against x, or (*x.shape, m) for general noise."""
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def scalar_diffusion(self, times: Tensor) -> Tensor | None:
+        """The diffusion at `times` (n,) where it is one number for all of x, known without x; else None."""
+        return None
+
+    def reverse(self, model: Model | Score, eta: float | Callable[[Tensor], Any] = 1.0) -> ReverseSDE:
+        """The reverse-time process with stochasticity `eta`; see `ReverseSDE`.
+
+        Args:
+            model: a `Model`, or a callable score(x, t).
+            eta: 0 the probability flow, 1 Anderson's reverse SDE; a number or a function of t.
+        """
+        from sdeflow.reverse import ReverseSDE
+
+        return ReverseSDE(self, model, eta)
+
+    def probability_flow(self, model: Model | Score) -> ReverseSDE:
+        """The deterministic member of the family, `reverse(model, eta=0)`."""
+        return self.reverse(model, eta=0.0)
+
+    def simulate(
+        self,
+        x0: Tensor,
+        *,
+        steps: int | None = None,
+        grid: Any = None,
+        seed: int | None = None,
+        index: int | Tensor | None = None,
+        solver: Solver | None = None,
+        save: Any = None,
+        t_span: tuple[float, float] | None = None,
+        progress: bool = False,
+        throw: bool = True,
+    ) -> Solution:
+        """Paths of this process from `x0` (batch, *event), by Euler-Maruyama unless told otherwise."""
+        from sdeflow.solve import solve
+        from sdeflow.solvers import EulerMaruyama
+
+        return solve(
+            self, x0, solver or EulerMaruyama(), steps=steps, grid=grid, seed=seed, index=index,
+            save=save, t_span=t_span, progress=progress, throw=throw,
+        )  # fmt: skip
+
+
+def multiply_noise(problem: SDE, g: Tensor, z: Tensor) -> Tensor:
+    """G z: elementwise for diagonal noise, a matrix-vector product a sample for general noise."""
+    if problem.noise == "diagonal":
+        return g * z
+    return torch.matmul(g.flatten(1, -2), z.unsqueeze(-1)).reshape(g.shape[:-1])
+
+
+def noise_shape(problem: SDE, x: Tensor, t: Tensor) -> tuple[int, ...]:
+    """The shape of the standard normals that drive x: that of x, or (batch, m).
+
+    Raises:
+        ValueError: `diffusion` returns a shape that its declared noise does not allow.
+    """
+    with torch.no_grad():
+        g = torch.as_tensor(problem.diffusion(x, t))
+    if problem.noise == "diagonal":
+        try:
+            fits = torch.broadcast_shapes(g.shape, x.shape) == x.shape
+        except RuntimeError:
+            fits = False
+        if fits:
+            return tuple(x.shape)
+        want = f"a shape that broadcasts against x, {tuple(x.shape)}"
+    elif problem.noise == "general":
+        if g.ndim == x.ndim + 1 and g.shape[:-1] == x.shape:
+            return (x.shape[0], g.shape[-1])
+        want = f"(*x.shape, m) = ({', '.join(map(str, x.shape))}, m)"
+    else:
+        raise ValueError(f'expected noise "diagonal" or "general", got {problem.noise!r}')
+    raise ValueError(
+        f"{type(problem).__name__}.diffusion with {problem.noise} noise: expected {want}, got {tuple(g.shape)}"
+    )

@@ -1,0 +1,278 @@
+"""`iterate`, the only loop, and `solve`, which drains it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+
+import torch
+from torch import Tensor
+
+from sdeflow.control import PID, Adaptive, FixedGrid
+from sdeflow.noise import Noise, fresh_seed
+from sdeflow.plan import Plan
+from sdeflow.sde import Problem
+from sdeflow.solution import Solution, SolveError, State
+from sdeflow.solvers.base import Solver
+from sdeflow.solvers.runge_kutta import RungeKutta
+
+Grid = Tensor | Sequence[float] | Callable[..., Tensor]
+Save = bool | Sequence[float] | Tensor | None
+
+
+def solve(
+    problem: Problem,
+    x: Tensor,
+    solver: Solver,
+    *,
+    steps: int | None = None,
+    grid: Grid | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    t_span: tuple[float, float] | None = None,
+    seed: int | None = None,
+    index: int | Tensor | None = None,
+    save: Save = None,
+    progress: bool = False,
+    throw: bool = True,
+    max_steps: int = 100_000,
+) -> Solution:
+    """Integrate `problem` from `x` with `solver`, on a grid or to a tolerance.
+
+    Gradients flow through the solve if torch records them; wrap it in `torch.no_grad()` otherwise.
+
+    Args:
+        problem: an `ODE`, `SDE` or `ReverseSDE`.
+        x: start states (batch, *event), floating point; dtype and device are kept.
+        solver: a solver, such as `sf.solvers.Heun()`, or a `Plan`.
+        steps: number of steps; alone, on the problem's default grid.
+        grid: times (steps + 1,) from start to end, or a grid function with `steps`.
+        rtol, atol: per-sample error control (solvers with an error estimate); one given sets both.
+        t_span: (start, end) instead of the problem's own span.
+        seed: of the noise; None draws one from torch's generator (it is in the solution).
+        index: the samples' indices in the noise: an offset, or one a sample.
+        save: True for every grid point, or times: grid points on a grid; any times with a tolerance
+            (dense output).
+        progress: show a progress bar (needs tqdm).
+        throw: raise `SolveError` when a sample fails; False returns a status per sample.
+        max_steps: attempts a sample may make under error control.
+
+    Raises:
+        ValueError, TypeError: input that cannot be solved; before the first model call.
+        SolveError: a sample failed and `throw` is set; it carries the solution.
+    """
+    march = _march(problem, x, solver, steps, grid, rtol, atol, t_span, seed, index, save, max_steps)
+    states = _run(march)
+    if progress:
+        states = _with_progress(states, march)
+    for _ in states:
+        pass
+    solution = march.solution()
+    if throw and not bool(solution.ok.all()):
+        raise SolveError(solution)
+    return solution
+
+
+def iterate(
+    problem: Problem,
+    x: Tensor,
+    solver: Solver,
+    *,
+    steps: int | None = None,
+    grid: Grid | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    t_span: tuple[float, float] | None = None,
+    seed: int | None = None,
+    index: int | Tensor | None = None,
+    max_steps: int = 100_000,
+) -> Iterator[State]:
+    """The states of `solve`, one after each step (the start first); arguments as there.
+
+    A preview, an early stop or a checkpoint is a loop over it. Input is checked at the call.
+    """
+    return _run(_march(problem, x, solver, steps, grid, rtol, atol, t_span, seed, index, None, max_steps))
+
+
+def _run(march: FixedGrid | Adaptive) -> Iterator[State]:
+    yield march.state
+    while not march.done:
+        march.advance()
+        yield march.state
+
+
+def _with_progress(states: Iterator[State], march: FixedGrid | Adaptive) -> Iterator[State]:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install tqdm") from error
+    total = march.state.steps
+    with tqdm(total=total, unit="step") as bar:
+        for state in states:
+            bar.update(state.step - bar.n)
+            yield state
+
+
+# ---- checks, all before the first model call
+
+
+def _march(
+    problem: Problem,
+    x: Tensor,
+    solver: Solver,
+    steps: int | None,
+    grid: Grid | None,
+    rtol: float | None,
+    atol: float | None,
+    t_span: tuple[float, float] | None,
+    seed: int | None,
+    index: int | Tensor | None,
+    save: Save,
+    max_steps: int,
+) -> FixedGrid | Adaptive:
+    _check_types(problem, x, solver)
+    problem.check_batch(x.shape[0])
+    solver.check(problem)
+    if rtol is not None or atol is not None:
+        if steps is not None or grid is not None:
+            raise ValueError("expected steps or grid, or rtol and atol, not both")
+        if not (isinstance(solver, RungeKutta) and solver.adaptive):
+            raise ValueError(f"{solver.name} has no error estimate: expected steps or grid, got rtol/atol")
+        control = PID(
+            *((rtol, rtol) if atol is None else (atol, atol) if rtol is None else (rtol, atol)), max_steps
+        )
+        span = _checked_span(problem, t_span)
+        return Adaptive(solver.tableau, problem, x, span, control, _save_times(save, span, x.device))
+    ts = _grid(problem, solver, steps, grid, t_span)
+    noise = None
+    if solver.draws_noise(problem):
+        noise = Noise(fresh_seed() if seed is None else seed, x.shape[0], index=index, device=x.device)
+    return FixedGrid(solver, problem, x, ts, noise, _save_points(save, ts))
+
+
+def _check_types(problem: Problem, x: Tensor, solver: Solver) -> None:
+    if not isinstance(problem, Problem):
+        raise TypeError(f"expected an ODE, SDE or ReverseSDE as problem, got {type(problem).__name__}")
+    if not isinstance(solver, Solver):
+        hint = "; call it to make one" if callable(solver) else ""
+        raise TypeError(f"expected a solver such as sf.solvers.Heun(), got {solver!r}{hint}")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"expected x as a floating-point tensor, got {got}")
+    if x.ndim < 1 or x.shape[0] < 1 or x.numel() == 0:
+        raise ValueError(
+            f"expected x of shape (batch, *event) with at least one sample, got {tuple(x.shape)}"
+        )
+    bad = ~torch.isfinite(x.detach()).flatten(1 if x.ndim > 1 else 0)
+    bad = bad.any(1) if x.ndim > 1 else bad
+    if bool(bad.any()):
+        rows = torch.nonzero(bad).flatten().tolist()
+        raise ValueError(f"expected finite x, got NaN or infinity in {len(rows)} samples (first: {rows[0]})")
+
+
+def _checked_span(problem: Problem, t_span: tuple[float, float] | None) -> tuple[float, float]:
+    if t_span is None:
+        return problem.span
+    if len(t_span) != 2:
+        raise ValueError(f"expected t_span as (start, end), got {t_span!r}")
+    start, end = (float(t) for t in t_span)
+    _check_times(problem, torch.tensor([start, end], dtype=torch.float64), "t_span")
+    return start, end
+
+
+def _check_times(problem: Problem, ts: Tensor, what: str) -> None:
+    """Refuse times that are not finite, leave [t0, t1], are not monotone, or run noise backwards."""
+    if not bool(torch.isfinite(ts).all()):
+        raise ValueError(f"expected finite times in {what}, got {ts.tolist()}")
+    h = torch.diff(ts)
+    if not bool((h > 0).all() or (h < 0).all()):
+        raise ValueError(f"expected strictly monotone times in {what}, got {_shown(ts)}")
+    slack = 1e-9 * (problem.t1 - problem.t0)
+    if float(ts.min()) < problem.t0 - slack or float(ts.max()) > problem.t1 + slack:
+        raise ValueError(
+            f"expected times of {what} in [{problem.t0:g}, {problem.t1:g}], got {float(ts[0]):g} to {float(ts[-1]):g}"
+        )
+    if problem.stochastic and float(h[0]) * problem.direction < 0:
+        way = "up from" if problem.direction > 0 else "down to"
+        raise ValueError(
+            f"{type(problem).__name__} runs {way} t0 = {problem.t0:g}: {what} runs the other way"
+        )
+
+
+def _shown(ts: Tensor) -> str:
+    values = [f"{v:g}" for v in ts.tolist()]
+    return "[" + ", ".join(values if len(values) <= 8 else [*values[:4], "...", *values[-3:]]) + "]"
+
+
+def _grid(
+    problem: Problem, solver: Solver, steps: int | None, grid: Grid | None, t_span: tuple[float, float] | None
+) -> Tensor:
+    if isinstance(solver, Plan):
+        if grid is None and steps in (None, solver.steps) and t_span is None:
+            return solver.grid
+        raise ValueError("a plan has its own grid: give no steps, grid or t_span with it")
+    if steps is not None:
+        if isinstance(steps, bool) or not isinstance(steps, int):
+            raise TypeError(f"expected an integer number of steps, got {steps!r}")
+        if steps < 1:
+            raise ValueError(f"expected steps >= 1, got {steps}")
+    if grid is None or callable(grid):
+        if steps is None:
+            raise ValueError("expected steps=, grid=, or (for an adaptive solver) rtol= and atol=")
+        start, end = _checked_span(problem, t_span)
+        ts = (problem.default_grid if grid is None else _bound(grid, problem))(steps, start, end)
+    else:
+        if t_span is not None:
+            raise ValueError("expected a grid of times or t_span, not both")
+        ts = torch.as_tensor(grid)
+        if ts.is_complex() or ts.dtype == torch.bool:
+            raise TypeError(f"expected real times in grid, got {ts.dtype}")
+    ts = ts.detach().to(device="cpu", dtype=torch.float64)
+    if ts.ndim != 1 or ts.numel() < 2:
+        raise ValueError(f"expected grid as times of shape (steps + 1,), got shape {tuple(ts.shape)}")
+    if steps is not None and ts.numel() != steps + 1:
+        raise ValueError(f"expected {steps + 1} times for {steps} steps, got {ts.numel()}")
+    _check_times(problem, ts, "grid")
+    return ts
+
+
+def _bound(grid: Callable[..., Tensor], problem: Problem) -> Callable[[int, float, float], Tensor]:
+    return lambda steps, start, end: grid(problem, steps, start, end)
+
+
+def _save_points(save: Save, ts: Tensor) -> list[int]:
+    """The grid's indices to save, in order."""
+    if save is None or save is False:
+        return []
+    if save is True:
+        return list(range(ts.numel()))
+    wanted = torch.as_tensor(save, dtype=torch.float64).reshape(-1)
+    points = []
+    for t in wanted.tolist():
+        nearest = int((ts - t).abs().argmin())
+        if not math.isclose(float(ts[nearest]), t, rel_tol=1e-12, abs_tol=1e-15):
+            raise ValueError(
+                f"expected times of the grid in save, got {t:g} (nearest {float(ts[nearest]):g}): a path between "
+                "grid points is not interpolated; put the time on the grid, or solve an ODE to a tolerance"
+            )
+        points.append(nearest)
+    if sorted(set(points)) != points:
+        raise ValueError("expected save times in the order of the solve, without repeats")
+    return points
+
+
+def _save_times(save: Save, span: tuple[float, float], device: torch.device) -> Tensor | None:
+    """Times for dense output."""
+    if save is None or save is False:
+        return None
+    if save is True:
+        raise ValueError("steps are per sample under error control: expected times in save, got True")
+    ts = torch.as_tensor(save, dtype=torch.float64).reshape(-1)
+    low, high = min(span), max(span)
+    if not bool(((ts >= low) & (ts <= high)).all()):
+        raise ValueError(f"expected save times in [{low:g}, {high:g}], got {_shown(ts)}")
+    return ts
+
+
+__all__ = ["Grid", "PID", "Save", "iterate", "solve"]

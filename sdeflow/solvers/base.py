@@ -1,0 +1,87 @@
+"""What a solver is: frozen data that says which view of a problem it needs and how to step it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from torch import Tensor
+
+from sdeflow.noise import Noise
+from sdeflow.reverse import ReverseSDE
+from sdeflow.sde import Problem
+
+if TYPE_CHECKING:
+    from sdeflow.plan import Plan
+
+View = Literal["drift", "transition"]
+
+
+class Stepper(Protocol):
+    """One solve on a fixed grid, ready to run: the memory of a multistep method lives here."""
+
+    calls: int
+    """Evaluations made so far."""
+
+    def step(self, i: int, x: Tensor) -> Tensor:
+        """The state at grid[i + 1] from the state `x` at grid[i]; steps are taken in order."""
+        ...
+
+
+class Solver(ABC):
+    """A method. Solvers are immutable; everything that changes in a solve is in its `Stepper`.
+
+    Attributes:
+        name: for tables and messages.
+        view: "drift" (any problem) or "transition" (the reversal of a GaussianSDE).
+    """
+
+    name: str
+    view: View = "drift"
+
+    @abstractmethod
+    def check(self, problem: Problem) -> None:
+        """Refuse a problem that this method cannot solve.
+
+        Raises:
+            ValueError: the problem lacks the view, or its noise does not fit.
+        """
+
+    @abstractmethod
+    def stepper(self, problem: Problem, x: Tensor, grid: Tensor, noise: Noise | None) -> Stepper:
+        """A stepper over `grid` for states like `x`."""
+
+    def draws_noise(self, problem: Problem) -> bool:
+        """Whether a solve of `problem` needs a seed."""
+        return problem.stochastic
+
+
+class LinearSolver(Solver):
+    """A method whose every state is a linear combination: on a fixed grid it is a `Plan`."""
+
+    @abstractmethod
+    def plan(self, problem: Problem, grid: Tensor) -> Plan:
+        """All coefficients of all steps on `grid`, in float64, before the first model call."""
+
+    def stepper(self, problem: Problem, x: Tensor, grid: Tensor, noise: Noise | None) -> Stepper:
+        return self.plan(problem, grid).stepper(problem, x, grid, noise)
+
+
+def refuse_noise(name: str, problem: Problem) -> None:
+    """Deterministic methods integrate no noise: a problem with some is an error, not a silent ODE."""
+    if problem.stochastic:
+        raise ValueError(
+            f"{name} is deterministic and the problem has noise: solve the probability flow "
+            "(sde.probability_flow(model), or eta=0), or use a stochastic solver such as EulerMaruyama"
+        )
+
+
+def semilinear(name: str, problem: Problem) -> ReverseSDE:
+    """The problem as the reversal of a GaussianSDE, which the transition view needs."""
+    if not isinstance(problem, ReverseSDE):
+        raise ValueError(
+            f"{name} needs the transition view of a problem: expected sde.reverse(model) of a GaussianSDE, "
+            f"got {type(problem).__name__}: use a solver of the drift view, such as RK45 or EulerMaruyama"
+        )
+    _ = problem.gaussian
+    return problem

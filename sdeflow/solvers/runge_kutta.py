@@ -1,0 +1,86 @@
+"""One engine for explicit Runge-Kutta methods: a method is a `Tableau`.
+
+On a fixed grid a Runge-Kutta method is a plan with one row a stage; with tolerances, a tableau with
+an error estimate is stepped per sample (`sdeflow.control.Adaptive`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdeflow.plan import Plan
+from sdeflow.sde import Problem
+from sdeflow.solvers import tableaus
+from sdeflow.solvers.base import LinearSolver, refuse_noise
+from sdeflow.solvers.tableaus import Tableau
+
+
+@dataclass(frozen=True)
+class RungeKutta(LinearSolver):
+    """An explicit Runge-Kutta method x' = x + h sum_i b_i k_i, k_i = f(x + h sum_j a_ij k_j, t + c_i h)."""
+
+    tableau: Tableau
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.tableau.name
+
+    @property
+    def order(self) -> int:
+        return self.tableau.order
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether it has an error estimate, for solving to a tolerance."""
+        return self.tableau.b_error is not None
+
+    def __repr__(self) -> str:
+        return f"{self.name}()"
+
+    def check(self, problem: Problem) -> None:
+        refuse_noise(self.name, problem)
+
+    def plan(self, problem: Problem, grid: Tensor) -> Plan:
+        table = self.tableau
+        used = len(table.b) - 1 if table.first_same_as_last else len(table.b)
+        h, steps = torch.diff(grid), grid.numel() - 1
+        # row i of a step forms the point of stage i + 1, the last row the step's result
+        points = [*table.a[1:used], table.b[:used]]
+        weights = torch.zeros(used, used, dtype=torch.float64)
+        for i, row in enumerate(points):
+            weights[i, : i + 1] = torch.tensor([float(v) for v in row][::-1], dtype=torch.float64)
+        c = torch.tensor([float(v) for v in table.c[:used]], dtype=torch.float64)
+        rows = steps * used
+        return Plan(
+            name=self.name,
+            target="drift",
+            grid=grid,
+            times=(grid[:-1, None] + h[:, None] * c).reshape(rows),
+            step_of_row=torch.arange(steps).repeat_interleave(used),
+            ratio=torch.ones(rows, dtype=torch.float64),
+            weights=(h[:, None, None] * weights).reshape(rows, used),
+            noise=torch.zeros(rows, dtype=torch.float64),
+        )
+
+
+def Euler() -> RungeKutta:
+    """Euler's method: x' = x + h f(x, t). Order 1, 1 call a step."""
+    return RungeKutta(tableaus.EULER)
+
+
+def Heun() -> RungeKutta:
+    """Heun's method (the explicit trapezoid). Order 2, 2 calls a step."""
+    return RungeKutta(tableaus.HEUN)
+
+
+def RK4() -> RungeKutta:
+    """The classical Runge-Kutta method. Order 4, 4 calls a step."""
+    return RungeKutta(tableaus.RK4)
+
+
+def RK45() -> RungeKutta:
+    """Dormand and Prince's 5(4) pair with dense output. Order 5, 6 calls a step; adaptive with rtol, atol."""
+    return RungeKutta(tableaus.DORMAND_PRINCE)

@@ -1,0 +1,53 @@
+"""Time: float64, on the host when shared by the batch, one value a sample otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Time = float | Tensor
+"""A time as users write it: a number, a 0-d tensor, or one value a sample, shape (batch,)."""
+
+
+def as_time(t: Time | Sequence[float]) -> Tensor:
+    """`t` as a float64 tensor (its device kept); a number becomes 0-d on the CPU.
+
+    A 0-d tensor never promotes the dtype or moves the device of the state it multiplies.
+    """
+    if isinstance(t, Tensor):
+        return t if t.dtype == torch.float64 else t.to(torch.float64)
+    return torch.tensor(t, dtype=torch.float64)
+
+
+def align(t: Time, x: Tensor) -> Tensor:
+    """`t` as float64 and shaped to broadcast against `x` of shape (batch, *event).
+
+    A scalar stays 0-d; (batch,) becomes (batch, 1, ..., 1); a tensor with the dimensions of x is kept.
+
+    Raises:
+        ValueError: the shape of `t` fits neither one time for all nor one a sample.
+    """
+    t = as_time(t)
+    if t.ndim == 0 or (t.ndim == x.ndim and t.ndim > 1):
+        return t
+    if t.numel() == 1:
+        return t.reshape(())
+    if t.ndim == 1 and x.ndim >= 1 and t.shape[0] == x.shape[0]:
+        return t.reshape(-1, *[1] * (x.ndim - 1))
+    raise ValueError(
+        f"expected one time for all samples or one a sample, shape ({x.shape[0] if x.ndim else ''},), "
+        f"got times of shape {tuple(t.shape)} for a state of shape {tuple(x.shape)}"
+    )
+
+
+def check_within(t: Tensor, low: float, high: float, what: str = "time") -> None:
+    """Refuse times outside [low, high]; times on an accelerator are not read back for this."""
+    if t.device.type != "cpu" or t.numel() == 0:
+        return
+    slack = 1e-9 * max(abs(low), abs(high), high - low)
+    least, most = float(t.min()), float(t.max())
+    if not (least >= low - slack and most <= high + slack):
+        got = f"{least:g}" if least == most else f"times from {least:g} to {most:g}"
+        raise ValueError(f"expected {what} in [{low:g}, {high:g}], got {got}")
