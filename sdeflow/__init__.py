@@ -3,10 +3,11 @@
 from importlib.metadata import version as _version
 
 from sdeflow import grids, metrics, problems, solvers
-from sdeflow.gaussian import EDM, VE, VP, CosineVP, DiscreteVP, GaussianSDE, RectifiedFlow, SubVP
+from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model
 from sdeflow.noise import Noise
 from sdeflow.plan import Plan
+from sdeflow.processes import EDM, VE, VP, CosineVP, DiscreteVP, RectifiedFlow, SubVP
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sampling import sample
 from sdeflow.sde import ODE, SDE

@@ -135,9 +135,7 @@ class Adaptive:
         self._nfe, self._accepted, self._rejected = (per_sample(0, torch.int64) for _ in range(3))
         self._save = save
         self._saved = (
-            None
-            if save is None
-            else torch.full((save.numel(), *x.shape), torch.nan, dtype=x.dtype, device=device)
+            None if save is None else torch.full((save.numel(), *x.shape), torch.nan, dtype=x.dtype, device=device)
         )
         self._calls = self._attempts = 0
         # of the samples still in the batch
@@ -250,9 +248,7 @@ class Adaptive:
         slope = self._drift(self._y + self._like(step, self._y).to(self._y.dtype) * self._k, self._s + step)
         d2 = norm(slope - self._k, self._y) / guess
         most = torch.maximum(d1, d2)
-        h = torch.where(
-            most <= 1e-15, torch.clamp(1e-3 * guess, min=1e-6 * span), (0.01 / most) ** (1 / self._order)
-        )
+        h = torch.where(most <= 1e-15, torch.clamp(1e-3 * guess, min=1e-6 * span), (0.01 / most) ** (1 / self._order))
         h = torch.minimum(100 * guess, h).clamp(max=span)
         return torch.where(torch.isfinite(h), h, 1e-6 * span)
 
@@ -303,12 +299,14 @@ class Adaptive:
     # ---- saved times
 
     def _record_start(self, x: Tensor) -> None:
-        assert self._save is not None and self._saved is not None
+        assert self._save is not None
+        assert self._saved is not None
         self._saved[self._save == self._start] = x
 
     def _record(self, accept: Tensor, t: Tensor, h: Tensor, stages: list[Tensor]) -> None:
         """Dense output at the saved times that this step passed."""
-        assert self._save is not None and self._saved is not None
+        assert self._save is not None
+        assert self._saved is not None
         passed = accept & (self._s != t)
         for j, at in enumerate(self._save.tolist()):
             here = passed & (self._sign * (at - self._s) > 0) & (self._sign * (t - at) >= 0)

@@ -40,9 +40,7 @@ def _pin(ts: Tensor, start: float, end: float) -> Tensor:
 def _gaussian(process: Any, name: str) -> GaussianSDE:
     process = getattr(process, "process", process)
     if not hasattr(process, "time_of_lam"):
-        raise ValueError(
-            f"grids.{name} needs the noise levels of a GaussianSDE, got {type(process).__name__}"
-        )
+        raise ValueError(f"grids.{name} needs the noise levels of a GaussianSDE, got {type(process).__name__}")
     return process
 
 
@@ -72,9 +70,7 @@ def power(
     return _pin(base + torch.linspace(a, b, steps + 1, dtype=torch.float64) ** exponent, start, end)
 
 
-def quadratic(
-    process: Problem, steps: int, t_start: float | None = None, t_end: float | None = None
-) -> Tensor:
+def quadratic(process: Problem, steps: int, t_start: float | None = None, t_end: float | None = None) -> Tensor:
     """Equal steps in sqrt(t - t0) (Song et al. 2021, DDIM, appendix D.2)."""
     return power(process, steps, t_start, t_end, exponent=2.0)
 
@@ -117,5 +113,6 @@ def karras(
     level = gaussian.sigma(ends) / gaussian.alpha(ends)
     if not torch.isfinite(level).all():
         raise ValueError(f"grids.karras needs alpha > 0 at both ends, got ends {start:g}, {end:g}")
-    roots = torch.linspace(*(level ** (1 / rho)).tolist(), steps + 1, dtype=torch.float64)
+    root = level ** (1 / rho)
+    roots = torch.linspace(float(root[0]), float(root[1]), steps + 1, dtype=torch.float64)
     return _pin(gaussian.time_of_lam(-rho * torch.log(roots)), start, end)

@@ -76,9 +76,7 @@ def fitted_order(sizes: Sequence[float] | Tensor, errors: Sequence[float] | Tens
     h = torch.as_tensor(sizes, dtype=torch.float64)
     e = torch.as_tensor(errors, dtype=torch.float64)
     if h.shape != e.shape or h.ndim != 1 or h.numel() < 2:
-        raise ValueError(
-            f"expected two lists of at least 2 numbers, got shapes {tuple(h.shape)} and {tuple(e.shape)}"
-        )
+        raise ValueError(f"expected two lists of at least 2 numbers, got shapes {tuple(h.shape)} and {tuple(e.shape)}")
     if not bool((h > 0).all() and (e > 0).all() and torch.isfinite(e).all()):
         raise ValueError(f"expected positive step sizes and finite positive errors, got {e.tolist()}")
     u, v = torch.log(h), torch.log(e)
@@ -190,7 +188,5 @@ def mmd(
     generator = torch.Generator().manual_seed(seed)
     draws = value + 2 * (rows[torch.randint(n, (bootstrap, n), generator=generator)].mean(1) - value)
     low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    base = (
-        None if floor is None else abs(float(matrix(floor.detach().flatten(1).to(b)).sum() / (n * (n - 1))))
-    )
+    base = None if floor is None else abs(float(matrix(floor.detach().flatten(1).to(b)).sum() / (n * (n - 1))))
     return Estimate(value, low, high, base)

@@ -24,7 +24,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from sdeflow.gaussian import DiscreteVP, GaussianSDE
+from sdeflow.gaussian import GaussianSDE
+from sdeflow.processes import DiscreteVP
 from sdeflow.sde import SDE, Evaluator
 from sdeflow.times import Time, align
 
@@ -138,9 +139,7 @@ class Model:
             ValueError: it is not, so that there are no predictions but the score.
         """
         if not isinstance(self.sde, GaussianSDE):
-            raise ValueError(
-                f"this needs alpha and sigma of a GaussianSDE; {type(self.sde).__name__} has only a score"
-            )
+            raise ValueError(f"this needs alpha and sigma of a GaussianSDE; {type(self.sde).__name__} has only a score")
         return self.sde
 
     # ---- evaluation
@@ -185,12 +184,15 @@ class Model:
         """
         given = row_of(self.prediction, self.gaussian, times)
         ps, qs = (v.tolist() for v in conversion(self.gaussian, times, given, wanted))
-        inputs = self._time_input(times).unbind()
+        table = self._time_input(times)
+        inputs: tuple[Tensor, ...] = ()
 
         def evaluate(k: int, x: Tensor) -> Tensor:
-            time = (
-                inputs[k].to(device=x.device, dtype=x.dtype).expand(x.shape[0]) if self.expand else inputs[k]
-            )
+            nonlocal inputs
+            if not inputs:  # to where the states are, once
+                moved = table.to(x.device, x.dtype) if self.expand else table.to(x.device if table.ndim > 1 else "cpu")
+                inputs = moved.unbind()
+            time = inputs[k].expand(x.shape[0]) if self.expand else inputs[k]
             value, p, q = self.raw(x, time), ps[k], qs[k]
             if p == 0.0:
                 return value if q == 1.0 else q * value
@@ -204,9 +206,7 @@ class Model:
         value = self.net(x, time, **self.conditions)
         if not isinstance(value, Tensor) or value.shape != x.shape:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"the model returned {got} for x of shape {tuple(x.shape)}: expected the shape of x"
-            )
+            raise ValueError(f"the model returned {got} for x of shape {tuple(x.shape)}: expected the shape of x")
         return value if value.dtype == x.dtype else value.to(x.dtype)
 
     def _input(self, x: Tensor, t: Tensor) -> Tensor:
@@ -228,9 +228,7 @@ class Model:
         accepted = _parameters(self.net)
         unknown = [name for name in conditions if accepted is not None and name not in accepted]
         if unknown:
-            raise TypeError(
-                f"the network does not take {', '.join(unknown)}: it takes {', '.join(accepted or ())}"
-            )
+            raise TypeError(f"the network does not take {', '.join(unknown)}: it takes {', '.join(accepted or ())}")
         model = copy.copy(self)
         model.conditions = {**self.conditions, **conditions}
         return model

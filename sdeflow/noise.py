@@ -99,9 +99,7 @@ class Noise:
             self._keys[stream] = _advance(_advance(_mix(root), stream), self.index)
         return self._keys[stream]
 
-    def normal(
-        self, stream: int, node: int, event: tuple[int, ...] | torch.Size, dtype: torch.dtype
-    ) -> Tensor:
+    def normal(self, stream: int, node: int, event: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
         """Standard normals (batch, *event) of one node of a stream."""
         return self._draw(stream, torch.tensor([node], device=self.index.device), event, dtype)[0]
 
@@ -123,9 +121,7 @@ class Noise:
 
         return draw
 
-    def _draw(
-        self, stream: int, nodes: Tensor, event: tuple[int, ...] | torch.Size, dtype: torch.dtype
-    ) -> Tensor:
+    def _draw(self, stream: int, nodes: Tensor, event: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
         keys = _advance(self._stream(stream), nodes.unsqueeze(-1))
         work = torch.float64 if dtype == torch.float64 else torch.float32
         flat = _normals(keys, math.prod(event), work)

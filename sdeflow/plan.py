@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -52,8 +53,18 @@ class Plan(LinearSolver):
     process: str | None = None
     view: View = "drift"
 
+    def __post_init__(self) -> None:
+        bad = ~(torch.isfinite(self.ratio) & torch.isfinite(self.weights).all(1) & torch.isfinite(self.noise))
+        if bool(bad.any()):
+            k = int(torch.nonzero(bad)[0])
+            raise ValueError(
+                f"{self.name}: the coefficients of row {k} (t = {float(self.times[k]):g}) are not finite: the problem is "
+                "singular there; start or end the grid short of it"
+            )
+
     @property
     def steps(self) -> int:
+        """Steps of the grid."""
         return self.grid.numel() - 1
 
     @property
@@ -105,7 +116,7 @@ class Plan(LinearSolver):
     def _rows(self) -> list[range]:
         """The rows of each step."""
         edges = torch.searchsorted(self.step_of_row, torch.arange(self.steps + 1)).tolist()
-        return [range(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        return [range(a, b) for a, b in pairwise(edges)]
 
     @cached_property
     def _by_slot(self) -> Tensor:

@@ -19,27 +19,31 @@ from sdeflow.model import Model
 from sdeflow.noise import DATA, Noise
 from sdeflow.times import Time, align
 
-_PAD = 4
-"""Rows are padded to a multiple of this: matrix products of other sizes end in a kernel that rounds
-differently, and a sample's score must not depend on how many others are evaluated with it."""
-
 
 class Distribution(ABC):
     """A data distribution with exact noised laws. `event` is the shape of one sample."""
 
     event: tuple[int, ...]
+    _block = 64
+    """Rows are padded to a multiple of this, four of the widest vectors of a CPU: the rest of a row count is
+    done by kernels that round differently, and a sample's score must not depend on how many others are
+    evaluated with it."""
 
     @abstractmethod
     def sample(self, n: int, seed: int) -> Tensor:
         """`n` draws (n, *event), float64; draw i depends on (seed, i) only."""
 
     @abstractmethod
-    def _log_density(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """log p_t of flat x (batch, dim) with alpha, sigma 0-d or (batch, 1)."""
+    def _levels(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """All that the law at (alpha, sigma) of shape (...) needs, packed: (..., numbers), float64."""
 
     @abstractmethod
-    def _v(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """E[alpha eps - sigma x_0 | x] of flat x (batch, dim), rows a multiple of `_PAD`."""
+    def _log_density(self, x: Tensor, level: Tensor) -> Tensor:
+        """log p_t of flat x (batch, dim) at packed levels (1 or batch, numbers)."""
+
+    @abstractmethod
+    def _v(self, x: Tensor, level: Tensor) -> Tensor:
+        """E[alpha eps - sigma x_0 | x] of flat x (batch, dim), rows a multiple of `_block`."""
 
     def log_prob(self, x: Tensor, process: GaussianSDE | None = None, t: Time | None = None) -> Tensor:
         """log p(x) (batch,), or log p_t(x) under `process` at time t (one, or one a sample).
@@ -51,10 +55,12 @@ class Distribution(ABC):
         if (process is None) != (t is None):
             raise ValueError("expected process and t together, for the noised density, or neither")
         if process is None or t is None:
-            one = torch.ones((), dtype=torch.float64)
-            return self._log_density(x.flatten(1), one, 0 * one)
-        t = align(t, x.flatten(1))
-        return self._log_density(x.flatten(1), process.alpha(t), process.sigma(t))
+            alpha = torch.ones((), dtype=torch.float64, device=x.device)
+            sigma = torch.zeros_like(alpha)
+        else:
+            times = align(t, x)
+            alpha, sigma = process.alpha(times), process.sigma(times)
+        return self._log_density(x.flatten(1), _rows(self._levels(alpha, sigma)))
 
     def model(self, process: GaussianSDE) -> Model:
         """The exact model of this data under `process`, in the dtype of the states it is given."""
@@ -62,28 +68,28 @@ class Distribution(ABC):
             raise TypeError(f"expected a GaussianSDE, got {type(process).__name__}")
 
         def levels(t: Tensor) -> Tensor:
-            return torch.stack([process.alpha(t), process.sigma(t)], dim=-1)
+            return self._levels(process.alpha(t), process.sigma(t))
 
         def exact_v(x: Tensor, level: Tensor) -> Tensor:
             self._check_event(x)
-            flat, batch = x.flatten(1), x.shape[0]
-            alpha, sigma = level.unbind(-1)
-            if alpha.ndim > 0:
-                alpha, sigma = alpha.reshape(-1, 1), sigma.reshape(-1, 1)
-            extra = -batch % _PAD
+            flat, rows, batch = x.flatten(1), _rows(level), x.shape[0]
+            extra = -batch % self._block
             if extra:
                 flat = torch.cat([flat, flat[-1:].expand(extra, -1)])
-                if alpha.ndim > 0 and alpha.shape[0] > 1:
-                    alpha, sigma = (torch.cat([v, v[-1:].expand(extra, -1)]) for v in (alpha, sigma))
-            return self._v(flat, alpha, sigma)[:batch].reshape(x.shape)
+                if rows.shape[0] > 1:
+                    rows = torch.cat([rows, rows[-1:].expand(extra, -1)])
+            return self._v(flat, rows)[:batch].reshape(x.shape)
 
         return Model(exact_v, process, "v", levels, expand=False)
 
     def _check_event(self, x: Tensor) -> None:
         if tuple(x.shape[1:]) != self.event:
-            raise ValueError(
-                f"expected x of shape (batch, {', '.join(map(str, self.event))}), got {tuple(x.shape)}"
-            )
+            raise ValueError(f"expected x of shape (batch, {', '.join(map(str, self.event))}), got {tuple(x.shape)}")
+
+
+def _rows(level: Tensor) -> Tensor:
+    """Packed levels as (1 or batch, numbers), whatever dimensions the times were aligned with."""
+    return level.reshape(-1, level.shape[-1])
 
 
 class GaussianMixture(Distribution):
@@ -109,7 +115,8 @@ class GaussianMixture(Distribution):
         k, d = self.means.shape
         self.weights = _weights(weights, k)
         self.variances, self.axes = _eigen(torch.as_tensor(covariances, dtype=torch.float64), k, d)
-        self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
+        self._rotated = self.means if self.axes is None else (self.means.unsqueeze(1) @ self.axes).squeeze(1)
+        self._cast: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.means.shape[0]} components, event {self.event})"
@@ -122,9 +129,7 @@ class GaussianMixture(Distribution):
     @property
     def covariance(self) -> Tensor:
         """The covariance of the distribution, float64 (D, D)."""
-        inside = torch.einsum(
-            "k,kij,kj,klj->il", self.weights, self._full_axes(), self.variances, self._full_axes()
-        )
+        inside = torch.einsum("k,kij,kj,klj->il", self.weights, self._full_axes(), self.variances, self._full_axes())
         centred = self.means - self.mean.flatten()
         return inside + torch.einsum("k,ki,kj->ij", self.weights, centred, centred)
 
@@ -142,43 +147,54 @@ class GaussianMixture(Distribution):
             x = (self.axes[which] @ x.unsqueeze(-1)).squeeze(-1)
         return (self.means[which] + x).reshape(n, *self.event)
 
-    def _constants(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(log weights (K, 1), axes, means in the axes, means, variances), the last three (K, 1, D), as x is."""
+    def _levels(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Per component: alpha m (in its axes), precision 1/(alpha^2 l + sigma^2), the two factors of v, log norm."""
+        k, d = self.means.shape
+        a, s = (v[..., None, None] for v in (alpha, sigma))
+        means, rotated, variances, weights = (
+            v.to(alpha.device) for v in (self.means, self._rotated, self.variances, self.weights)
+        )
+        precision = 1 / (a**2 * variances + s**2)
+        norm = torch.log(weights) + 0.5 * (torch.log(precision).sum(-1) - d * math.log(2 * math.pi))
+        parts = (a * rotated, precision, a * s * (1 - variances) * precision, s * means)
+        flat = [v.expand(*alpha.shape, k, d).flatten(-2) for v in parts]
+        return torch.cat([*flat, norm], dim=-1)
+
+    def _unpack(self, level: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The parts of `_levels`, samples last: four (K, D, 1 or batch) and one (K, 1 or batch)."""
+        k, d = self.means.shape
+        columns = level.to(dtype).T
+        return (*columns[: 4 * k * d].reshape(4, k, d, -1).unbind(), columns[4 * k * d :])
+
+    def _axes_like(self, x: Tensor) -> Tensor | None:
+        """The components' axes in the dtype and on the device of x."""
         key = (x.dtype, x.device)
-        if key not in self._cast:
-            rotated = self.means if self.axes is None else (self.means.unsqueeze(1) @ self.axes).squeeze(1)
-            axes = torch.zeros(0) if self.axes is None else self.axes
-            parts = (
-                torch.log(self.weights)[:, None],
-                axes,
-                rotated[:, None],
-                self.means[:, None],
-                self.variances[:, None],
-            )
-            self._cast[key] = tuple(p.to(device=x.device, dtype=x.dtype) for p in parts)
-        return self._cast[key]
+        if self.axes is not None and key not in self._cast:
+            self._cast[key] = self.axes.to(device=x.device, dtype=x.dtype)
+        return self._cast.get(key)
 
-    def _whitened(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(components of x - alpha m_k along the axes (K, batch, D), their precisions, log w_k N_k (K, batch))."""
-        log_weights, axes, rotated, _, variances = self._constants(x)
-        along = x if self.axes is None else torch.matmul(x, axes)
-        y = along - alpha.to(x.dtype) * rotated
-        precision = 1 / ((alpha**2).to(x.dtype) * variances + (sigma**2).to(x.dtype))
-        logits = log_weights + 0.5 * (torch.log(precision) - y**2 * precision).sum(-1)
-        return y, precision, logits - 0.5 * x.shape[1] * math.log(2 * math.pi)
+    # Samples are the last dimension inside: reductions over components then run along whole vectors,
+    # several times faster than over a short last dimension. Rotations keep them first, where the
+    # products of one sample do not depend on the number of others.
 
-    def _log_density(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return torch.logsumexp(self._whitened(x, alpha, sigma)[2], dim=0)
+    def _whitened(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """x along each component's axes, from its centre (K, D, batch); log w_k N_k (K, batch); the level's parts."""
+        axes, parts = self._axes_like(x), self._unpack(level, x.dtype)
+        columns = x.T.contiguous() if axes is None else torch.matmul(x, axes).mT.contiguous()
+        y = columns - parts[0]
+        return y, parts[4] - 0.5 * (y.square() * parts[1]).sum(1), parts
 
-    def _v(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def _log_density(self, x: Tensor, level: Tensor) -> Tensor:
+        return torch.logsumexp(self._whitened(x, level)[1], dim=0)
+
+    def _v(self, x: Tensor, level: Tensor) -> Tensor:
         """sum_k r_k [alpha sigma U_k (1 - l_k)/(alpha^2 l_k + sigma^2) y_k - sigma m_k], r_k the responsibilities."""
-        _, axes, _, means, variances = self._constants(x)
-        y, precision, logits = self._whitened(x, alpha, sigma)
-        share = torch.softmax(logits, dim=0).unsqueeze(-1)
-        pull = share * (alpha * sigma).to(x.dtype) * (1 - variances) * precision * y
-        if self.axes is not None:
-            pull = torch.matmul(pull, axes.mT)
-        return (pull - share * (sigma.to(x.dtype) * means)).sum(0)
+        y, logits, (_, _, factor, means, _) = self._whitened(x, level)
+        axes, share = self._axes_like(x), torch.softmax(logits, dim=0).unsqueeze(1)
+        if axes is None:
+            return (share * (factor * y - means)).sum(0).T
+        pull = torch.matmul((share * factor * y).mT.contiguous(), axes.mT).sum(0)
+        return pull - (share * means).sum(0).T
 
 
 class Gaussian(GaussianMixture):
@@ -206,6 +222,8 @@ class Empirical(Distribution):
         bandwidth: standard deviation around each point, >= 0.
     """
 
+    _block = 16  # only matrix products and reductions along rows
+
     def __init__(self, data: Any, bandwidth: float = 0.0) -> None:
         data = torch.as_tensor(data, dtype=torch.float64)
         if data.ndim < 2 or data.shape[0] < 1:
@@ -230,20 +248,22 @@ class Empirical(Distribution):
         which = torch.clamp((torch.special.ndtr(z[:, 0]) * count).long(), max=count - 1)
         return (self.data[which] + self.bandwidth * z[:, 1:]).reshape(n, *self.event)
 
+    def _levels(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return torch.stack([alpha, sigma, alpha**2 * self.bandwidth**2 + sigma**2], dim=-1)
+
     def _logits(self, x: Tensor, alpha: Tensor, variance: Tensor) -> Tensor:
         """-|x - alpha d_i|^2/(2 variance) (batch, N), float64."""
         y = x.to(torch.float64) - alpha * self._centre.to(x.device)
         square = (y**2).sum(1, keepdim=True) + alpha**2 * self._norms.to(x.device)
         return (y @ self._centred.T.to(x.device) * (2 * alpha) - square) / (2 * variance)
 
-    def _log_density(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        variance = alpha**2 * self.bandwidth**2 + sigma**2
-        logits = self._logits(x, alpha, variance)
-        constant = 0.5 * x.shape[1] * torch.log(2 * math.pi * variance).reshape(-1)
-        return torch.logsumexp(logits, dim=1) - constant - math.log(self.data.shape[0])
+    def _log_density(self, x: Tensor, level: Tensor) -> Tensor:
+        alpha, _, variance = (v.unsqueeze(1) for v in level.unbind(-1))
+        constant = 0.5 * x.shape[1] * torch.log(2 * math.pi * variance).squeeze(1)
+        return torch.logsumexp(self._logits(x, alpha, variance), dim=1) - constant - math.log(self.data.shape[0])
 
-    def _v(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        variance = alpha**2 * self.bandwidth**2 + sigma**2
+    def _v(self, x: Tensor, level: Tensor) -> Tensor:
+        alpha, sigma, variance = (v.unsqueeze(1) for v in level.unbind(-1))
         share = torch.softmax(self._logits(x, alpha, variance), dim=1)
         mean = share @ self.data.to(x.device)
         pull = alpha * sigma * (1 - self.bandwidth**2) / variance * (x - alpha * mean)
@@ -265,11 +285,7 @@ def TwoMoons(std: float = 0.1, components: int = 16) -> GaussianMixture:
 
 
 def _weights(weights: Any, k: int) -> Tensor:
-    weights = (
-        torch.ones(k, dtype=torch.float64)
-        if weights is None
-        else torch.as_tensor(weights, dtype=torch.float64)
-    )
+    weights = torch.ones(k, dtype=torch.float64) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
     if weights.shape != (k,) or not bool((weights > 0).all() and torch.isfinite(weights).all()):
         raise ValueError(f"expected {k} positive weights, got {weights.tolist()}")
     return weights / weights.sum()
@@ -288,10 +304,9 @@ def _eigen(covariances: Tensor, k: int, d: int) -> tuple[Tensor, Tensor | None]:
         variances, axes, floor = column.expand(k, d).clone(), None, torch.zeros(())
     else:
         raise ValueError(
-            f"expected covariances of shape ({k}, {d}, {d}), ({k}, {d}), ({k},) or a number, got {tuple(covariances.shape)}"
+            f"expected covariances of shape ({k}, {d}, {d}), ({k}, {d}), ({k},) or a number, "
+            f"got {tuple(covariances.shape)}"
         )
     if not bool((variances >= floor).all()):
-        raise ValueError(
-            f"expected covariances without negative eigenvalues, got one of {float(variances.min()):g}"
-        )
+        raise ValueError(f"expected covariances without negative eigenvalues, got one of {float(variances.min()):g}")
     return variances.clamp(min=0), axes

@@ -56,9 +56,7 @@ class CumulativeKernel:
 
     def _integrals(self, t: Tensor) -> tuple[Tensor, Tensor]:
         edges = self.edges.to(t.device)
-        panel = torch.clamp(
-            torch.searchsorted(edges, t.detach().contiguous(), right=True) - 1, 0, self.PANELS - 1
-        )
+        panel = torch.clamp(torch.searchsorted(edges, t.detach().contiguous(), right=True) - 1, 0, self.PANELS - 1)
         start = edges[panel]
         drift_at_start = self.drift_at_edge.to(t.device)[panel]
         drift = drift_at_start + self._drift_over(start, t)

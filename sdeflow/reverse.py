@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model, Row, as_model, row_of
+from sdeflow.quadrature import gauss_legendre
 from sdeflow.sde import SDE, Evaluator, Score
 from sdeflow.times import Time, as_time
 
@@ -147,15 +148,13 @@ class ReverseSDE(SDE):
 
     def mean_eta2(self, t0: Time, t1: Time) -> Tensor:
         """The mean of eta^2 over lam between t0 and t1 (5-point Gauss-Legendre; over t at an infinite lam)."""
-        t0, t1 = torch.broadcast_tensors(as_time(t0), as_time(t1))
+        start, end = torch.broadcast_tensors(as_time(t0), as_time(t1))
         if not callable(self.eta):
-            return torch.full_like(t0, float(self.eta) ** 2)
-        from sdeflow.quadrature import gauss_legendre
-
+            return torch.full_like(start, float(self.eta) ** 2)
         nodes, weights = gauss_legendre(5)
-        lam0, lam1 = (self.gaussian.lam(t).unsqueeze(-1) for t in (t0, t1))
+        lam0, lam1 = (self.gaussian.lam(t).unsqueeze(-1) for t in (start, end))
         inside = self.gaussian.time_of_lam(lam0 + (lam1 - lam0) * nodes)
-        straight = t0.unsqueeze(-1) + (t1 - t0).unsqueeze(-1) * nodes
+        straight = start.unsqueeze(-1) + (end - start).unsqueeze(-1) * nodes
         inside = torch.where(torch.isfinite(lam0) & torch.isfinite(lam1), inside, straight)
         return (self.eta_at(inside) ** 2 * weights).sum(-1)
 
@@ -208,9 +207,7 @@ def apply_covariance(process: SDE, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
     return (matrix @ (matrix.mT @ v.flatten(1).unsqueeze(-1))).reshape(x.shape)
 
 
-def divergence(
-    process: SDE, x: Tensor, t: Tensor, own_coordinate: dict[torch.Size, bool] | None = None
-) -> Tensor:
+def divergence(process: SDE, x: Tensor, t: Tensor, own_coordinate: dict[torch.Size, bool] | None = None) -> Tensor:
     """(div D)_i = sum_j d_j D_ij of D = G G^T, of the shape of x, by autodiff.
 
     Zero without work when G does not depend on x. Diagonal noise: 2 G_i d_i G_i, by one
@@ -237,9 +234,7 @@ def divergence(
             return torch.autograd.grad(square.sum(), leaf, create_graph=keep, retain_graph=keep)[0]
         flat = square.flatten(1)
         columns = [
-            torch.autograd.grad(flat[:, i].sum(), leaf, create_graph=keep, retain_graph=True)[0].flatten(1)[
-                :, i
-            ]
+            torch.autograd.grad(flat[:, i].sum(), leaf, create_graph=keep, retain_graph=True)[0].flatten(1)[:, i]
             for i in range(flat.shape[1])
         ]
         return torch.stack(columns, dim=1).reshape(x.shape)
@@ -257,9 +252,7 @@ def _is_own_coordinate(square: Tensor, leaf: Tensor) -> bool:
         return v * torch.autograd.grad((square * v).sum(), leaf, retain_graph=True)[0]
 
     # irrational, distinct weights: no cancellation between coordinates is generic
-    weights = 1 + torch.frac(
-        torch.arange(leaf[0].numel(), dtype=leaf.dtype, device=leaf.device) * 0.6180339887
-    )
+    weights = 1 + torch.frac(torch.arange(leaf[0].numel(), dtype=leaf.dtype, device=leaf.device) * 0.6180339887)
     weights = weights.reshape(leaf.shape[1:]).expand(leaf.shape)
     ones = product(torch.ones_like(leaf))
     weighted = product(weights) / weights**2

@@ -57,9 +57,7 @@ def sample(
         ValueError, TypeError, SolveError: as `solve`.
     """
     if not isinstance(model, Model):
-        raise TypeError(
-            f"expected a Model, got {type(model).__name__}; wrap the network: sf.Model(net, sde, ...)"
-        )
+        raise TypeError(f"expected a Model, got {type(model).__name__}; wrap the network: sf.Model(net, sde, ...)")
     if isinstance(num, bool) or not isinstance(num, int) or num < 1:
         raise ValueError(f"expected num >= 1 samples, got {num!r}")
     if final not in ("stay", "denoise", "zero"):

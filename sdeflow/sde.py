@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from sdeflow import grids
-from sdeflow.times import Time
 
 if TYPE_CHECKING:
     from sdeflow.model import Model
     from sdeflow.reverse import ReverseSDE
-    from sdeflow.solve import Solution
+    from sdeflow.solution import Solution
     from sdeflow.solvers.base import Solver
 
 Evaluator = Callable[[int, Tensor], Tensor]

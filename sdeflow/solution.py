@@ -91,9 +91,7 @@ class SolveError(RuntimeError):
     """Some samples did not finish. `solution` holds everything that was computed."""
 
     def __init__(self, solution: Solution) -> None:
-        super().__init__(
-            f"{solution.failures()}; pass throw=False to get the solution with a status per sample"
-        )
+        super().__init__(f"{solution.failures()}; pass throw=False to get the solution with a status per sample")
         self.solution = solution
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-
 import torch
 from torch import Tensor
 
@@ -139,9 +138,7 @@ def _march(
             raise ValueError("expected steps or grid, or rtol and atol, not both")
         if not (isinstance(solver, RungeKutta) and solver.adaptive):
             raise ValueError(f"{solver.name} has no error estimate: expected steps or grid, got rtol/atol")
-        control = PID(
-            *((rtol, rtol) if atol is None else (atol, atol) if rtol is None else (rtol, atol)), max_steps
-        )
+        control = PID(_either(rtol, atol), _either(atol, rtol), max_steps)
         span = _checked_span(problem, t_span)
         return Adaptive(solver.tableau, problem, x, span, control, _save_times(save, span, x.device))
     ts = _grid(problem, solver, steps, grid, t_span)
@@ -151,7 +148,14 @@ def _march(
     return FixedGrid(solver, problem, x, ts, noise, _save_points(save, ts))
 
 
-def _check_types(problem: Problem, x: Tensor, solver: Solver) -> None:
+def _either(given: float | None, other: float | None) -> float:
+    """One tolerance given sets both."""
+    value = other if given is None else given
+    assert value is not None
+    return value
+
+
+def _check_types(problem: object, x: object, solver: object) -> None:
     if not isinstance(problem, Problem):
         raise TypeError(f"expected an ODE, SDE or ReverseSDE as problem, got {type(problem).__name__}")
     if not isinstance(solver, Solver):
@@ -161,9 +165,7 @@ def _check_types(problem: Problem, x: Tensor, solver: Solver) -> None:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"expected x as a floating-point tensor, got {got}")
     if x.ndim < 1 or x.shape[0] < 1 or x.numel() == 0:
-        raise ValueError(
-            f"expected x of shape (batch, *event) with at least one sample, got {tuple(x.shape)}"
-        )
+        raise ValueError(f"expected x of shape (batch, *event) with at least one sample, got {tuple(x.shape)}")
     bad = ~torch.isfinite(x.detach()).flatten(1 if x.ndim > 1 else 0)
     bad = bad.any(1) if x.ndim > 1 else bad
     if bool(bad.any()):
@@ -195,9 +197,7 @@ def _check_times(problem: Problem, ts: Tensor, what: str) -> None:
         )
     if problem.stochastic and float(h[0]) * problem.direction < 0:
         way = "up from" if problem.direction > 0 else "down to"
-        raise ValueError(
-            f"{type(problem).__name__} runs {way} t0 = {problem.t0:g}: {what} runs the other way"
-        )
+        raise ValueError(f"{type(problem).__name__} runs {way} t0 = {problem.t0:g}: {what} runs the other way")
 
 
 def _shown(ts: Tensor) -> str:
@@ -273,6 +273,3 @@ def _save_times(save: Save, span: tuple[float, float], device: torch.device) -> 
     if not bool(((ts >= low) & (ts <= high)).all()):
         raise ValueError(f"expected save times in [{low:g}, {high:g}], got {_shown(ts)}")
     return ts
-
-
-__all__ = ["Grid", "PID", "Save", "iterate", "solve"]

@@ -20,8 +20,10 @@ View = Literal["drift", "transition"]
 class Stepper(Protocol):
     """One solve on a fixed grid, ready to run: the memory of a multistep method lives here."""
 
-    calls: int
-    """Evaluations made so far."""
+    @property
+    def calls(self) -> int:
+        """Evaluations made so far."""
+        ...
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """The state at grid[i + 1] from the state `x` at grid[i]; steps are taken in order."""

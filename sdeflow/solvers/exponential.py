@@ -109,7 +109,10 @@ class ExponentialMultistep(LinearSolver):
         process, steps = reverse.gaussian, grid.numel() - 1
         lam = process.lam(grid)
         single = range(steps) if not self.multistep else range(1 if self._single_steps else 0)
-        times, targets, step, order = [], [], [], []
+        times: list[Tensor] = []
+        targets: list[Tensor] = []
+        step: list[int] = []
+        order: list[int] = []
         for i in range(steps):
             final = steps - i if self.lower_order_final else self.order
             if i not in single:

@@ -75,23 +75,20 @@ class PredictorCorrector(Solver):
 
     def check(self, problem: Problem) -> None:
         if not isinstance(problem, ReverseSDE):
-            raise ValueError(
-                f"{self.name} needs a score: expected sde.reverse(model), got {type(problem).__name__}"
-            )
+            raise ValueError(f"{self.name} needs a score: expected sde.reverse(model), got {type(problem).__name__}")
         self.predictor.check(problem)
 
     def draws_noise(self, problem: Problem) -> bool:
         return True
 
     def stepper(self, problem: Problem, x: Tensor, grid: Tensor, noise: Noise | None) -> Stepper:
-        assert isinstance(problem, ReverseSDE) and noise is not None
+        assert isinstance(problem, ReverseSDE)
+        assert noise is not None
         return _PredictorCorrectorRun(self, problem, x, grid, noise)
 
 
 class _PredictorCorrectorRun:
-    def __init__(
-        self, solver: PredictorCorrector, problem: ReverseSDE, x: Tensor, grid: Tensor, noise: Noise
-    ) -> None:
+    def __init__(self, solver: PredictorCorrector, problem: ReverseSDE, x: Tensor, grid: Tensor, noise: Noise) -> None:
         self._corrector = solver.corrector
         self._predict = solver.predictor.stepper(problem, x, grid, noise)
         self._score = problem.score_evaluator(grid[1:])

@@ -6,8 +6,15 @@ theta, theta^2, ... of the weight of stage i at x(t + theta h).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction as F
+
+Coefficient = float | F
+
+
+def _sum(row: tuple[Coefficient, ...]) -> float:
+    return math.fsum(float(v) for v in row)
 
 
 @dataclass(frozen=True)
@@ -21,11 +28,11 @@ class Tableau:
 
     name: str
     order: int
-    c: tuple[float | F, ...]
-    a: tuple[tuple[float | F, ...], ...]
-    b: tuple[float | F, ...]
-    b_error: tuple[float | F, ...] | None = None
-    dense: tuple[tuple[float | F, ...], ...] | None = None
+    c: tuple[Coefficient, ...]
+    a: tuple[tuple[Coefficient, ...], ...]
+    b: tuple[Coefficient, ...]
+    b_error: tuple[Coefficient, ...] | None = None
+    dense: tuple[tuple[Coefficient, ...], ...] | None = None
     reference: str = ""
 
     def __post_init__(self) -> None:
@@ -33,15 +40,13 @@ class Tableau:
             raise ValueError(f"{self.name}: expected row i of a to have i entries, one row a stage")
         if len(self.b) != len(self.c):
             raise ValueError(f"{self.name}: expected {len(self.c)} weights b, got {len(self.b)}")
-        if abs(sum(self.b) - 1) > 1e-14:
-            raise ValueError(f"{self.name}: expected sum(b) = 1, got {float(sum(self.b))}")
+        if abs(_sum(self.b) - 1) > 1e-14:
+            raise ValueError(f"{self.name}: expected sum(b) = 1, got {_sum(self.b)}")
         for c, row in zip(self.c, self.a, strict=True):
-            if abs(sum(row) - c) > 1e-14:
-                raise ValueError(
-                    f"{self.name}: expected sum_j a_ij = c_i = {float(c)}, got {float(sum(row))}"
-                )
-        if self.b_error is not None and abs(sum(self.b_error)) > 1e-14:
-            raise ValueError(f"{self.name}: expected sum(b_error) = 0, got {float(sum(self.b_error))}")
+            if abs(_sum(row) - float(c)) > 1e-14:
+                raise ValueError(f"{self.name}: expected sum_j a_ij = c_i = {float(c)}, got {_sum(row)}")
+        if self.b_error is not None and abs(_sum(self.b_error)) > 1e-14:
+            raise ValueError(f"{self.name}: expected sum(b_error) = 0, got {_sum(self.b_error)}")
 
     @property
     def first_same_as_last(self) -> bool:

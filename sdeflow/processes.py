@@ -1,0 +1,350 @@
+"""The named Gaussian processes, with closed forms.
+
+Each overrides what `GaussianSDE` would derive; the tests hold every closed form against the derivation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdeflow import grids
+from sdeflow.gaussian import GaussianSDE
+from sdeflow.times import Time, as_time
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"expected a finite {name} > 0, got {value!r}")
+
+
+def _increasing(**values: float) -> None:
+    _positive(**values)
+    (low_name, low), (high_name, high) = values.items()
+    if not low < high:
+        raise ValueError(f"expected {low_name} < {high_name}, got {low:g} and {high:g}")
+
+
+class _ByLogAlpha(GaussianSDE):
+    """What the processes that are given by log alpha share: f = -beta/2 with beta = -2 (log alpha)'."""
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def beta(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.exp(self.log_alpha(t))
+
+    def drift_coeff(self, t: Tensor) -> Tensor:
+        return -0.5 * self.beta(t)
+
+    @property
+    def prior_std(self) -> float:
+        """1: the prior of this family is N(0, I), although sigma(t1) is a little below 1."""
+        return 1.0
+
+
+class _VariancePreserving(_ByLogAlpha):
+    """sigma^2 = 1 - alpha^2, g^2 = beta."""
+
+    def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sqrt(-torch.expm1(2 * self.log_alpha(t)))
+
+    def lam(self, t: Tensor) -> Tensor:
+        log_alpha = self.log_alpha(t)
+        return log_alpha - 0.5 * torch.log(-torch.expm1(2 * log_alpha))
+
+    def time_of_lam(self, lam: Tensor) -> Tensor:
+        return self.time_of_log_alpha(-0.5 * torch.logaddexp(torch.zeros_like(lam), -2 * lam))
+
+    def diffusion_coeff(self, t: Tensor) -> Tensor:
+        return torch.sqrt(self.beta(t))
+
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        beta, alpha = self.beta(t), self.alpha(t)
+        return -0.5 * beta * alpha, 0.5 * beta * alpha**2 / self.sigma(t)
+
+
+@dataclass(frozen=True)
+class _LinearBeta:
+    """beta(t) = beta_min + t (beta_max - beta_min) on [0, 1]."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        _positive(beta_min=self.beta_min, beta_max=self.beta_max)
+
+    def beta(self, t: Tensor) -> Tensor:
+        return self.beta_min + t * (self.beta_max - self.beta_min)
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
+
+    def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
+        """The root of the quadratic, in the form that does not cancel near 0."""
+        b = 0.5 * self.beta_min
+        root = torch.sqrt(b**2 - (self.beta_max - self.beta_min) * log_alpha)
+        return -2 * log_alpha / (b + root)
+
+
+@dataclass(frozen=True)
+class VP(_LinearBeta, _VariancePreserving):
+    """Variance preserving: f = -beta/2, g = sqrt(beta), beta linear from beta_min to beta_max on [0, 1].
+
+    alpha = exp(-t^2 (beta_max - beta_min)/4 - t beta_min/2), sigma^2 = 1 - alpha^2
+    (Song et al. 2021, Score-based generative modeling, equation 32). Sampling ends at t = 1e-3.
+    """
+
+    t_min = 1e-3
+
+
+@dataclass(frozen=True)
+class SubVP(_LinearBeta, _ByLogAlpha):
+    """Sub-VP: the drift and mean of VP with g^2 = beta (1 - alpha^4); its std is 1 - alpha^2, not the root.
+
+    (Song et al. 2021, Score-based generative modeling, equations 13 and 35.) Sampling ends at t = 1e-3.
+    """
+
+    t_min = 1e-3
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return -torch.expm1(2 * self.log_alpha(t))
+
+    def time_of_lam(self, lam: Tensor) -> Tensor:
+        """alpha solves alpha^2 + alpha e^-lam - 1 = 0, so alpha = 1/(q + sqrt(1 + q^2)), q = e^-lam/2."""
+        return self.time_of_log_alpha(-torch.asinh(0.5 * torch.exp(-lam)))
+
+    def diffusion_coeff(self, t: Tensor) -> Tensor:
+        return torch.sqrt(-self.beta(t) * torch.expm1(4 * self.log_alpha(t)))
+
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        beta, alpha = self.beta(t), self.alpha(t)
+        return -0.5 * beta * alpha, beta * alpha**2
+
+
+@dataclass(frozen=True)
+class CosineVP(_VariancePreserving):
+    """Cosine schedule: alpha(t) = cos(theta(t))/cos(theta(0)), theta = (pi/2)(t + s)/(1 + s), sigma^2 = 1 - alpha^2.
+
+    (Nichol and Dhariwal 2021, Improved DDPM, equation 17.) alpha is 0 at t = 1, where beta is
+    infinite, so the process stops at t1 = 0.9946 (alpha = 0.0084; Lu et al. 2022, DPM-Solver,
+    appendix D). Sampling ends at t = 1e-3.
+    """
+
+    s: float = 0.008
+    t1: float = 0.9946
+
+    def __post_init__(self) -> None:
+        _positive(s=self.s)
+        if not self.t_min < self.t1 < 1:
+            raise ValueError(f"expected t1 in ({self.t_min:g}, 1), got {self.t1:g}")
+
+    t_min = 1e-3
+
+    @property
+    def _speed(self) -> float:
+        return 0.5 * math.pi / (1 + self.s)
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        """log(cos(theta)/cos(theta_0)) with the angle's increment, which does not cancel near t = 0."""
+        angle = self._speed * t
+        return torch.log1p(-2 * torch.sin(0.5 * angle) ** 2 - torch.sin(angle) * math.tan(self._speed * self.s))
+
+    def beta(self, t: Tensor) -> Tensor:
+        return 2 * self._speed * torch.tan(self._speed * (t + self.s))
+
+    def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
+        """cos(angle + theta_0) = alpha cos(theta_0), through sines of half angles near t = 0."""
+        start = self._speed * self.s
+        # sin^2(theta/2) = (1 - alpha cos(theta_0))/2 without cancellation
+        half = math.sin(0.5 * start) ** 2 - 0.5 * math.cos(start) * torch.expm1(log_alpha)
+        return 2 * torch.asin(torch.sqrt(half)) / self._speed - self.s
+
+
+class DiscreteVP(_VariancePreserving):
+    """A DDPM table of N betas, continuous by linear interpolation of log alpha.
+
+    Entry n (0-based) sits at t = (n + 1)/N, where alpha^2 = prod_{m <= n} (1 - beta_m); t = 0 is
+    data. Between entries beta(t) = -N log(1 - beta_n): the VP process with that piecewise-constant
+    rate has exactly the table's marginals. Sampling ends at the first entry, t = 1/N.
+    `index_of_time` gives the (fractional) index N t - 1 that a network trained on 0..N-1 expects.
+
+    Args:
+        betas: the N noise variances, each in (0, 1), as numbers or a 1-d tensor.
+    """
+
+    def __init__(self, betas: Any) -> None:
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").clone()
+        if betas.ndim != 1 or betas.numel() < 2:
+            raise ValueError(f"expected a 1-d table of at least 2 betas, got shape {tuple(betas.shape)}")
+        if not bool(((betas > 0) & (betas < 1)).all()):
+            raise ValueError(f"expected every beta in (0, 1), got {float(betas.min()):g} to {float(betas.max()):g}")
+        self.betas = betas
+        self._log_alphas = torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * torch.log1p(-betas).cumsum(0)])
+
+    def __repr__(self) -> str:
+        b = self.betas
+        return f"DiscreteVP({b.numel()} betas, {float(b[0]):g} to {float(b[-1]):g})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DiscreteVP) and torch.equal(self.betas, other.betas)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.betas.tolist()))
+
+    @property
+    def t_min(self) -> float:
+        return 1 / self.betas.numel()
+
+    def index_of_time(self, t: Time) -> Tensor:
+        """The table's index at time t: N t - 1, not below 0."""
+        return torch.clamp(as_time(t) * self.betas.numel() - 1, min=0.0)
+
+    def _segment(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(index of the interval of t, position in it), an entry itself closing its interval."""
+        position = t * self.betas.numel()
+        # an entry that is a rounding error off (t = (n + 1)/N in float64) still belongs to its interval
+        n = torch.clamp(torch.ceil(position - 1e-9).long() - 1, 0, self.betas.numel() - 1)
+        return n, position - n
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        n, part = self._segment(t)
+        table = self._log_alphas.to(t.device)
+        return table[n] + part * (table[n + 1] - table[n])
+
+    def beta(self, t: Tensor) -> Tensor:
+        n, _ = self._segment(t)
+        return -self.betas.numel() * torch.log1p(-self.betas.to(t.device))[n]
+
+    def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
+        table = self._log_alphas.to(log_alpha.device)
+        n = torch.clamp(torch.searchsorted(-table, -log_alpha) - 1, 0, self.betas.numel() - 1)
+        return (n + (log_alpha - table[n]) / (table[n + 1] - table[n])) / self.betas.numel()
+
+
+class _VarianceExploding(GaussianSDE):
+    """alpha = 1, f = 0, g^2 = (sigma^2)'."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def lam(self, t: Tensor) -> Tensor:
+        return -torch.log(self.sigma(t))
+
+    def drift_coeff(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def default_grid(self, steps: int, t_start: float, t_end: float) -> Tensor:
+        return grids.karras(self, steps, t_start, t_end)
+
+
+@dataclass(frozen=True)
+class VE(_VarianceExploding):
+    """Variance exploding: sigma(t) = sigma_min (sigma_max/sigma_min)^t on [0, 1], f = 0, g^2 = (sigma^2)'.
+
+    (Song et al. 2021, Score-based generative modeling, equations 30 and 31.) Convention: sigma(t)
+    is the *declared marginal*, x_t = x_0 + sigma(t) eps, so x at t = 0 already carries noise of
+    sigma_min. The SDE started from a point mass at t = 0 has variance sigma(t)^2 - sigma_min^2,
+    which is what `transition_kernel(0, t)` returns. Sampling ends at t = 1e-5.
+    """
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    def __post_init__(self) -> None:
+        _increasing(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+
+    t_min = 1e-5
+
+    @property
+    def _rate(self) -> float:
+        return math.log(self.sigma_max / self.sigma_min)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.sigma_min * torch.exp(self._rate * t)
+
+    def time_of_lam(self, lam: Tensor) -> Tensor:
+        return (-lam - math.log(self.sigma_min)) / self._rate
+
+    def diffusion_coeff(self, t: Tensor) -> Tensor:
+        return self.sigma(t) * math.sqrt(2 * self._rate)
+
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(t), self._rate * self.sigma(t)
+
+
+@dataclass(frozen=True)
+class EDM(_VarianceExploding):
+    """The sigma clock: sigma(t) = t, alpha = 1, f = 0, g = sqrt(2 t) on [0, sigma_max].
+
+    (Karras et al. 2022, EDM, table 1.) Sampling ends at t = sigma_min.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    t1: float = field(init=False, repr=False, compare=False, default=80.0)
+
+    def __post_init__(self) -> None:
+        _increasing(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+        object.__setattr__(self, "t1", float(self.sigma_max))
+
+    @property
+    def t_min(self) -> float:
+        return self.sigma_min
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def time_of_lam(self, lam: Tensor) -> Tensor:
+        return torch.exp(-lam)
+
+    def diffusion_coeff(self, t: Tensor) -> Tensor:
+        return torch.sqrt(2 * t)
+
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(t), torch.ones_like(t)
+
+
+@dataclass(frozen=True)
+class RectifiedFlow(GaussianSDE):
+    """The straight path x_t = (1 - t) x_0 + t eps on [0, 1]; velocity eps - x_0.
+
+    f = -1/(1 - t), g^2 = 2 t/(1 - t): infinite at t = 1, where alpha = 0 (Liu et al. 2023,
+    Rectified flow; Lipman et al. 2023, Flow matching). t = 0 is data, the reverse of the clock of
+    some flow-matching codes. The flow (eta = 0) starts at t = 1 exactly; with noise start below 1.
+    Sampling ends at t = 1e-3.
+    """
+
+    t_min = 1e-3
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def lam(self, t: Tensor) -> Tensor:
+        return torch.log1p(-t) - torch.log(t)
+
+    def time_of_lam(self, lam: Tensor) -> Tensor:
+        return torch.sigmoid(-lam)
+
+    def drift_coeff(self, t: Tensor) -> Tensor:
+        return -1 / (1 - t)
+
+    def diffusion_coeff(self, t: Tensor) -> Tensor:
+        return torch.sqrt(2 * t / (1 - t))
+
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.ones_like(t), torch.ones_like(t)
