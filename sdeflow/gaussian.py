@@ -275,7 +275,7 @@ class _FromKernel(GaussianSDE):
     kernel_sigma: Callable[[Tensor], Any]
     t0: float
     t1: float
-    t_min: float
+    t_min: float = _SAMPLING_SHARE
 
     def alpha(self, t: Tensor) -> Tensor:
         return _like(self.kernel_alpha(t), t)
@@ -290,7 +290,7 @@ class _FromCoefficients(GaussianSDE):
     g: Callable[[Tensor], Any]
     t0: float
     t1: float
-    t_min: float
+    t_min: float = _SAMPLING_SHARE
 
     def drift_coeff(self, t: Tensor) -> Tensor:
         return _like(self.f(t), t)

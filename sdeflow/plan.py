@@ -58,8 +58,8 @@ class Plan(LinearSolver):
         if bool(bad.any()):
             k = int(torch.nonzero(bad)[0])
             raise ValueError(
-                f"{self.name}: the coefficients of row {k} (t = {float(self.times[k]):g}) are not finite: the problem is "
-                "singular there; start or end the grid short of it"
+                f"{self.name}: the coefficients of row {k} (t = {float(self.times[k]):g}) are not finite: "
+                "the process is singular there; start or end the grid short of it"
             )
 
     @property

@@ -223,7 +223,8 @@ def divergence(process: SDE, x: Tensor, t: Tensor, own_coordinate: dict[torch.Si
             return torch.zeros_like(x)
     if process.noise == "general":
         return _general_divergence(process, x, t)
-    keep = torch.is_grad_enabled()
+    # a graph only where the caller differentiates: through x, or through parameters of the diffusion
+    keep = torch.is_grad_enabled() and (x.requires_grad or process.diffusion(x, t).requires_grad)
     with torch.inference_mode(False), torch.enable_grad():
         square = (g**2).expand(leaf.shape)
         memory = {} if own_coordinate is None else own_coordinate

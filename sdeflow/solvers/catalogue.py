@@ -86,3 +86,16 @@ def by_name(name: str) -> Row:
         if row.name == name:
             return row
     raise ValueError(f"unknown solver {name!r}: expected one of {', '.join(row.name for row in CATALOGUE)}")
+
+
+def markdown_table() -> str:
+    """The catalogue as the Markdown table of the documentation."""
+    head = "| solver | order (ODE) | strong | weak | calls a step | view | noise | adaptive | reference |"
+    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
+    for row in CATALOGUE:
+        orders = " | ".join("-" if v is None else f"{v:g}" for v in (row.order, row.strong_order, row.weak_order))
+        noise, adaptive = ", ".join(row.noise) or "-", "yes" if row.adaptive else "-"
+        lines.append(
+            f"| `{row.name}` | {orders} | {row.nfe_per_step} | {row.view} | {noise} | {adaptive} | {row.reference} |"
+        )
+    return "\n".join(lines)
