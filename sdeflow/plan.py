@@ -10,11 +10,12 @@ y is where the next row evaluates; after the last row of a step it is the new st
 
 from __future__ import annotations
 
-from collections import deque
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -24,10 +25,22 @@ from sdeflow.noise import PATH, Noise
 from sdeflow.sde import SDE, Problem, multiply_noise, noise_shape
 from sdeflow.solvers.base import LinearSolver, View, refuse_noise, semilinear
 
+_FORMAT = "sdeflow-plan-1"
+_TABLES = {
+    "grid": torch.float64, "times": torch.float64, "step_of_row": torch.int64, "ratio": torch.float64,
+    "weights": torch.float64, "noise": torch.float64,
+}  # fmt: skip
+
+
+def _plain(value: object) -> object:
+    return value.tolist() if isinstance(value, Tensor) else value
+
 
 @dataclass(frozen=True, eq=False)
 class Plan(LinearSolver):
     """A linear method on a grid, usable wherever a solver is.
+
+    It prints as its table, is saved as JSON (numbers exact), and knows its model calls before running.
 
     Attributes:
         name: of the method.
@@ -54,6 +67,15 @@ class Plan(LinearSolver):
     view: View = "drift"
 
     def __post_init__(self) -> None:
+        rows, steps = self.times.numel(), self.grid.numel() - 1
+        sizes = {"step_of_row": (rows,), "ratio": (rows,), "weights": (rows, *self.weights.shape[1:]), "noise": (rows,)}
+        for name, size in sizes.items():
+            if tuple(getattr(self, name).shape) != size or self.weights.ndim != 2:
+                raise ValueError(
+                    f"{self.name}: expected {name} of shape {size}, got {tuple(getattr(self, name).shape)}"
+                )
+        if steps < 1 or not torch.equal(torch.unique_consecutive(self.step_of_row), torch.arange(steps)):
+            raise ValueError(f"{self.name}: expected rows for each of the {steps} steps, in order")
         bad = ~(torch.isfinite(self.ratio) & torch.isfinite(self.weights).all(1) & torch.isfinite(self.noise))
         if bool(bad.any()):
             k = int(torch.nonzero(bad)[0])
@@ -88,6 +110,36 @@ class Plan(LinearSolver):
             )
         return "\n".join(lines)
 
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, atomically."""
+        record = {"format": _FORMAT, **{f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(json.dumps(record, indent=1))
+        partial.replace(target)
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan that `save` wrote.
+
+        Raises:
+            ValueError: the file is not such a plan, or its tables do not fit each other.
+        """
+        try:
+            record = json.loads(Path(path).read_text())
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: expected a plan saved as JSON, got {error}") from error
+        if not isinstance(record, dict) or record.pop("format", None) != _FORMAT:
+            raise ValueError(f"{path}: expected a file of format {_FORMAT!r}")
+        names = {f.name for f in fields(Plan)}
+        if set(record) != names:
+            raise ValueError(f"{path}: expected the fields {sorted(names)}, got {sorted(record)}")
+        try:
+            tables = {name: torch.tensor(record[name], dtype=dtype) for name, dtype in _TABLES.items()}
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: expected tables of numbers: {error}") from error
+        return Plan(**{**record, **tables})
+
     def check(self, problem: Problem) -> None:
         if self.view == "transition":
             semilinear(self.name, problem)
@@ -119,11 +171,27 @@ class Plan(LinearSolver):
         return [range(a, b) for a, b in pairwise(edges)]
 
     @cached_property
-    def _by_slot(self) -> Tensor:
-        """The weights by slot of a ring buffer that evaluation k enters at slot k mod history."""
-        rows, history = self.weights.shape
-        ages = (torch.arange(rows).unsqueeze(1) - torch.arange(history)) % history
-        return torch.gather(self.weights, 1, ages)
+    def _storage(self) -> tuple[list[int], Tensor]:
+        """(the slot each evaluation is stored in, the weights by slot): no more slots than are ever needed at once."""
+        rows, _history = self.weights.shape
+        needed = torch.nonzero(self.weights).tolist()
+        last = list(range(rows))
+        for row, age in needed:
+            last[row - age] = max(last[row - age], row)
+        slots: list[int] = []
+        free: list[int] = []
+        until: list[int] = []  # the row up to which each slot is taken
+        for row in range(rows):
+            free = [slot for slot, end in enumerate(until) if end < row]
+            if not free:
+                free = [len(until)]
+                until.append(row)
+            slots.append(free[0])
+            until[free[0]] = last[row]
+        by_slot = torch.zeros(rows, len(until), dtype=torch.float64)
+        for row, age in needed:
+            by_slot[row, slots[row - age]] = self.weights[row, age]
+        return slots, by_slot
 
 
 class PlanRun:
@@ -155,34 +223,36 @@ class PlanRun:
 
 def _combiner(plan: Plan, x: Tensor, work: torch.dtype) -> Callable[[int, Tensor, Tensor], Tensor]:
     """`combine(k, base, e)`: enter evaluation k in the history and form row k's combination."""
-    ratio, history = plan.ratio.tolist(), plan.weights.shape[1]
-    weights = plan.weights.tolist()
-    if history == 1:
+    ratio = plan.ratio.tolist()
+    slots, by_slot = plan._storage
+    if by_slot.shape[1] == 1:
+        weight = by_slot[:, 0].tolist()
 
         def single(k: int, base: Tensor, e: Tensor) -> Tensor:
-            return torch.add(base if ratio[k] == 1.0 else ratio[k] * base, e.to(work), alpha=weights[k][0])
+            return torch.add(base if ratio[k] == 1.0 else ratio[k] * base, e.to(work), alpha=weight[k])
 
         return single
 
     if torch.is_grad_enabled():  # no writes into shared buffers: autograd keeps what it needs
-        past: deque[Tensor] = deque(maxlen=history)
+        weights = by_slot.tolist()
+        kept: dict[int, Tensor] = {}
 
         def chain(k: int, base: Tensor, e: Tensor) -> Tensor:
-            past.appendleft(e.to(work))
+            kept[slots[k]] = e.to(work)
             y = ratio[k] * base
-            for w, value in zip(weights[k], past, strict=False):
+            for slot, w in enumerate(weights[k]):
                 if w != 0.0:
-                    y = torch.add(y, value, alpha=w)
+                    y = torch.add(y, kept[slot], alpha=w)
             return y
 
         return chain
 
-    ring = torch.zeros(history, x.numel(), dtype=work, device=x.device)
-    columns, slots = ring.T, plan._by_slot.to(dtype=work, device=x.device).unbind()
+    store = torch.zeros(by_slot.shape[1], x.numel(), dtype=work, device=x.device)
+    columns, rows = store.T, by_slot.to(dtype=work, device=x.device).unbind()
 
     def fused(k: int, base: Tensor, e: Tensor) -> Tensor:
-        ring[k % history].copy_(e.reshape(-1))
-        return torch.addmv(base.reshape(-1), columns, slots[k], beta=ratio[k]).view(base.shape)
+        store[slots[k]].copy_(e.reshape(-1))
+        return torch.addmv(base.reshape(-1), columns, rows[k], beta=ratio[k]).view(base.shape)
 
     return fused
 

@@ -24,6 +24,7 @@ from sdeflow.model import Model, Row, as_model, row_of
 from sdeflow.quadrature import gauss_legendre
 from sdeflow.sde import SDE, Evaluator, Score
 from sdeflow.times import Time, as_time
+from sdeflow.variables import VARIABLES
 
 Eta = float | Callable[[Tensor], Any]
 
@@ -171,7 +172,7 @@ class ReverseSDE(SDE):
         if not isinstance(self.process, GaussianSDE) and target == "drift":
             return super().evaluator(target, times)
         process = self.gaussian
-        row = self._drift_row(process, times) if target == "drift" else row_of(target, process, times)
+        row = self._drift_row(process, times) if target == "drift" else _target_row(target, process, times)
         return self.model.evaluator(times, row)
 
     def score_evaluator(self, times: Tensor) -> Evaluator:
@@ -196,6 +197,10 @@ class ReverseSDE(SDE):
     def check_batch(self, batch: int) -> None:
         self.model.check_batch(batch)
         self.process.check_batch(batch)
+
+
+def _target_row(target: str, process: GaussianSDE, times: Tensor) -> Row:
+    return VARIABLES[target].row(process, times) if target in VARIABLES else row_of(target, process, times)
 
 
 def apply_covariance(process: SDE, x: Tensor, t: Tensor, v: Tensor) -> Tensor:

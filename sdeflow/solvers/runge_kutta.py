@@ -71,6 +71,16 @@ def Euler() -> RungeKutta:
     return RungeKutta(tableaus.EULER)
 
 
+def Midpoint() -> RungeKutta:
+    """The explicit midpoint rule. Order 2, 2 calls a step."""
+    return RungeKutta(tableaus.MIDPOINT)
+
+
+def Ralston() -> RungeKutta:
+    """Ralston's method, of smallest error bound in its class. Order 2, 2 calls a step."""
+    return RungeKutta(tableaus.RALSTON)
+
+
 def Heun() -> RungeKutta:
     """Heun's method (the explicit trapezoid). Order 2, 2 calls a step."""
     return RungeKutta(tableaus.HEUN)
@@ -79,6 +89,26 @@ def Heun() -> RungeKutta:
 def RK4() -> RungeKutta:
     """The classical Runge-Kutta method. Order 4, 4 calls a step."""
     return RungeKutta(tableaus.RK4)
+
+
+def RK38() -> RungeKutta:
+    """Kutta's 3/8 rule. Order 4, 4 calls a step."""
+    return RungeKutta(tableaus.RK38)
+
+
+def BogackiShampine() -> RungeKutta:
+    """Bogacki and Shampine's 3(2) pair with dense output. Order 3, 3 calls a step; adaptive with rtol, atol."""
+    return RungeKutta(tableaus.BOGACKI_SHAMPINE)
+
+
+def Tsit5() -> RungeKutta:
+    """Tsitouras' 5(4) pair with dense output. Order 5, 6 calls a step; adaptive with rtol, atol."""
+    return RungeKutta(tableaus.TSITOURAS)
+
+
+def DOP853() -> RungeKutta:
+    """Dormand and Prince's 8(5,3) method, dense output of order 7. Order 8, 12 calls a step; adaptive."""
+    return RungeKutta(tableaus.DORMAND_PRINCE_8)
 
 
 def RK45() -> RungeKutta:
