@@ -4,16 +4,36 @@ from sdeflow.solvers.adams import Adams, AdamsBashforth, AdamsBashforthMoulton
 from sdeflow.solvers.base import LinearSolver, Solver
 from sdeflow.solvers.catalogue import CATALOGUE, Row, by_name
 from sdeflow.solvers.euler_maruyama import EulerMaruyama
-from sdeflow.solvers.exponential import DDIM, DDPM, DPMSolverPP, ExponentialMultistep
+from sdeflow.solvers.exponential import DDIM, DDPM, DPMSolverPP, ExponentialMultistep, DPMSolver, DEIS, UniPC
 from sdeflow.solvers.in_variable import InVariable
 from sdeflow.solvers.langevin import Langevin, PredictorCorrector
 from sdeflow.solvers.runge_kutta import (
-    DOP853, RK4, RK38, RK45, BogackiShampine, Euler, Heun, Midpoint, Ralston, RungeKutta, Tsit5,
+    DOP853,
+    RK4,
+    RK38,
+    RK45,
+    BogackiShampine,
+    Euler,
+    Heun,
+    Midpoint,
+    Ralston,
+    RungeKutta,
+    Tsit5,
 )
 from sdeflow.solvers.tableaus import Tableau
 
 __all__ = [
-    "CATALOGUE","Adams","AdamsBashforth","AdamsBashforthMoulton","InVariable","DOP853","RK38","BogackiShampine","Midpoint","Ralston","Tsit5",
+    "CATALOGUE",
+    "Adams",
+    "AdamsBashforth",
+    "AdamsBashforthMoulton",
+    "InVariable",
+    "DOP853",
+    "RK38",
+    "BogackiShampine",
+    "Midpoint",
+    "Ralston",
+    "Tsit5",
     "DDIM",
     "DDPM",
     "RK4",
