@@ -52,6 +52,7 @@ class Plan(LinearSolver):
         ratio, weights, noise: float64 (rows,), (rows, history), (rows,).
         noise_kind: "unit" multiplies `noise` with standard normals, "diffusion" with G(x, t) times them.
         process: the process the coefficients belong to (its repr); None when they do not depend on it.
+        shift, shift_weight: a constant of the event's shape (or 0-d) that row k adds times shift_weight[k]; or None.
     """
 
     name: str
@@ -65,6 +66,8 @@ class Plan(LinearSolver):
     noise_kind: Literal["unit", "diffusion"] = "unit"
     process: str | None = None
     view: View = "drift"
+    shift: Tensor | None = None
+    shift_weight: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, steps = self.times.numel(), self.grid.numel() - 1
@@ -135,7 +138,10 @@ class Plan(LinearSolver):
         if set(record) != names:
             raise ValueError(f"{path}: expected the fields {sorted(names)}, got {sorted(record)}")
         try:
-            tables = {name: torch.tensor(record[name], dtype=dtype) for name, dtype in _TABLES.items()}
+            tables = {
+                name: None if record[name] is None else torch.tensor(record[name], dtype=dtype)
+                for name, dtype in _TABLES.items()
+            }
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: expected tables of numbers: {error}") from error
         return Plan(**{**record, **tables})
@@ -194,6 +200,28 @@ class Plan(LinearSolver):
         return slots, by_slot
 
 
+def corrected_weights(ratio: Tensor, predict: Tensor, correct: Tensor) -> Tensor:
+    """The weights of a predictor whose every step is corrected when the next one evaluates, in one row a step.
+
+    The correction of step n, x_c = x_p + sum_j (C_j - P_j) e_j, is known when its end is evaluated; the prediction of
+    step n + 1 starts from x_c = x_p + ..., so it is still one combination of x_p and the evaluations.
+
+    Args:
+        ratio: (steps, ...) of the state.
+        predict: P, (steps, p, ...), newest evaluation first.
+        correct: C, (steps - 1, c, ...), the evaluation at the step's end first.
+    """
+    steps, history = predict.shape[0], max(predict.shape[1] + 1, correct.shape[1])
+    rest = predict.shape[2:]
+    weights = torch.zeros(steps, history, *rest, dtype=torch.float64)
+    change = torch.zeros(steps - 1, history, *rest, dtype=torch.float64)
+    weights[:, : predict.shape[1]] = predict
+    change[:, : correct.shape[1]] = correct
+    change[:, 1 : predict.shape[1] + 1] -= predict[:-1]
+    weights[1:] += ratio[1:, None] * change
+    return weights
+
+
 class PlanRun:
     """The runner of any plan: one model call, one fused combination and one noise draw a row."""
 
@@ -206,6 +234,10 @@ class PlanRun:
         self._rows = plan._rows
         # 16-bit states are combined in float32: their 8 to 11 bits would swallow the increments
         self._work = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+        self._shift: Tensor | None = None
+        if plan.shift is not None and plan.shift_weight is not None and bool((plan.shift != 0).any()):
+            self._shift = plan.shift.to(dtype=self._work, device=x.device)
+            self._shift_weight = plan.shift_weight.tolist()
         self._combine = _combiner(plan, x, self._work)
         self._add_noise = _noise_adder(plan, problem, x, noise, self._work)
 
@@ -216,6 +248,8 @@ class PlanRun:
             e = self._evaluate(k, y.to(x.dtype))
             self.calls += 1
             y = self._combine(k, base, e)
+            if self._shift is not None:
+                y = torch.add(y, self._shift, alpha=self._shift_weight[k])
             if self._scale[k] != 0.0:
                 y = self._add_noise(k, i, y, x)
         return y.to(x.dtype)

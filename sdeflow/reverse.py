@@ -200,7 +200,14 @@ class ReverseSDE(SDE):
 
 
 def _target_row(target: str, process: GaussianSDE, times: Tensor) -> Row:
-    return VARIABLES[target].row(process, times) if target in VARIABLES else row_of(target, process, times)
+    if target in VARIABLES:
+        return VARIABLES[target].row(process, times)
+    if target.startswith(
+        "split:"
+    ):  # x_0 - (v/s) eps, the residual of a Gaussian of variance v (solvers.gaussian_split)
+        variance = float(target.removeprefix("split:"))
+        return torch.ones_like(times), -variance * process.alpha(times) / process.sigma(times)
+    return row_of(target, process, times)
 
 
 def apply_covariance(process: SDE, x: Tensor, t: Tensor, v: Tensor) -> Tensor:

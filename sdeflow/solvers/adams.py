@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdeflow.plan import Plan
+from sdeflow.plan import Plan, corrected_weights
 from sdeflow.quadrature import gauss_legendre
 from sdeflow.sde import Problem
 from sdeflow.solvers import tableaus
@@ -55,17 +55,16 @@ class Adams(LinearSolver):
         steps = grid.numel() - 1
         ready = 0 if self.start == "ramp" else min(self.order - 1, steps)
         predict = _weights(grid[:-1], grid[1:], _past(grid[:-1], self.order), self.order)
-        weights = predict.clone()
+        weights = predict
         if self.corrector and steps > 1:
             # the correction of step n enters when its end has been evaluated, with the prediction of step n + 1
             nodes = torch.cat([grid[1:-1, None], _past(grid[:-2], self.order)], dim=1)
             count = torch.clamp(torch.arange(steps - 1) + 1, max=self.order)
             used = torch.arange(self.order + 1) <= count[:, None]
             correct = lagrange_integrals(grid[:-2], grid[1:-1], nodes, used)
-            correct[:, 1:] -= predict[:-1]
-            correct[: max(ready, 0)] = 0.0
-            weights = torch.cat([weights, torch.zeros(steps, 1, dtype=torch.float64)], dim=1)
-            weights[1:] += correct
+            correct[:ready, 0] = 0.0  # steps of the start are not corrected
+            correct[:ready, 1:] = predict[:ready]
+            weights = corrected_weights(torch.ones(steps, dtype=torch.float64), predict, correct)
         multistep = Plan(
             name=self.name,
             target="drift",

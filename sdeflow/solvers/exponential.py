@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdeflow.plan import Plan
+from sdeflow.plan import Plan, corrected_weights
 from sdeflow.quadrature import gauss_legendre
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sde import Problem
@@ -132,23 +132,13 @@ class ExponentialMultistep(LinearSolver):
         return interpolation_weights(reverse, t0, t1, nodes, used, self.prediction, self.coordinate, self.second)
 
     def _corrected(self, reverse: ReverseSDE, grid: Tensor, ratio: Tensor, predict: Tensor) -> Tensor:
-        """The weights with the correction of step n, known when its end is evaluated, entered in step n + 1.
-
-        x_c = x_p + sum_j (C_j - P_j) e_j, and the next prediction starts from x_c: one row still has one combination.
-        """
-        steps, history = grid.numel() - 1, max(self.order, self.corrector) + 1
+        """The weights with the correction of each step entered in the next; see `corrected_weights`."""
+        steps = grid.numel() - 1
         past = min(self.corrector, steps)
         nodes = torch.cat([grid[1:-1, None], _back(grid[:-2], past)], dim=1)
         count = torch.clamp(torch.arange(steps - 1) + 1, max=past)
         used = torch.arange(past + 1) <= count[:, None]
-        correct = self._weights(reverse, grid[:-2], grid[1:-1], nodes, used)
-        weights = torch.zeros(steps, history, dtype=torch.float64)
-        weights[:, : predict.shape[1]] = predict
-        change = torch.zeros(steps - 1, history, dtype=torch.float64)
-        change[:, : past + 1] = correct
-        change[:, 1 : predict.shape[1] + 1] -= predict[:-1, : history - 1]
-        weights[1:] += ratio[1:, None] * change
-        return weights
+        return corrected_weights(ratio, predict, self._weights(reverse, grid[:-2], grid[1:-1], nodes, used))
 
     def _layout(self, reverse: ReverseSDE, grid: Tensor) -> _Layout:
         """When each row evaluates, where its combination leads, and which of the newest evaluations it takes."""
