@@ -87,7 +87,7 @@ def records(results: Iterable[Result]) -> list[dict[str, Any]]:
 
 
 def interactive(results: Sequence[Result]) -> dict[str, Any]:
-    """The specification of a problem's chart in the report, without its data (a source named "runs").
+    """The specification of a problem's chart in the report; its data come from a source named "runs".
 
     Signals: `grid` ("best", "all" or a name), `measure`, `hidden` (solvers), `focus` (a solver or "").
     """
@@ -97,37 +97,35 @@ def interactive(results: Sequence[Result]) -> dict[str, Any]:
         " && indexof(hidden, datum.solver) < 0"
     )
     line = "datum.solver + '/' + datum.run + (grid == 'best' ? '' : '/' + datum.grid)"
-    first = "median" if results[0].kind == "trajectory" else "sliced_w2"
-    layers = _layers(alt, alt.NamedData(name="runs"), results, shown, line, "datum[measure]", linked=True)
-    chart = (
-        alt.layer(*layers)
-        .add_params(
-            alt.param(name="grid", value=results[0].about.get("default_grid") or "best"),
-            alt.param(name="measure", value=first),
-            alt.param(name="hidden", value=[]),
-            alt.param(name="focus", value=""),
-        )
-        .properties(width="container", height=400)
-        .configure_view(stroke=None)
+    parameters = [
+        alt.param(name="grid", value=results[0].about.get("default_grid") or "best"),
+        alt.param(name="measure", value=_first_measure(results)),
+        alt.param(name="hidden", value=[]),
+        alt.param(name="focus", value=""),
+    ]
+    chart = alt.layer(
+        *_layers(alt, results, shown, line, "datum[measure]", linked=True), data=alt.NamedData(name="runs")
     )
-    return chart.to_dict()
+    chart = chart.add_params(*parameters).properties(width="container", height=400)
+    return chart.configure_view(stroke=None).to_dict(validate=False)
 
 
-def still(results: Sequence[Result], data: str, title: str, *, width: int = 330, height: int = 300) -> Any:
-    """A chart of these results alone, with its own legend; lines connect a solver's runs.
-
-    `data` names the source that will hold their `records`.
-    """
+def still(results: Sequence[Result], *, width: int = 330, height: int = 300) -> dict[str, Any]:
+    """The specification of a chart with its own legend and without title and data: lines connect a
+    solver's runs, so its data are runs on one grid."""
     alt = need("altair")
-    measure = "median" if results[0].kind == "trajectory" else "sliced_w2"
     line = "datum.solver + '/' + datum.run"
-    source = alt.NamedData(name=data)
-    layers = _layers(alt, source, results, "true", line, f"datum.{measure}", linked=False)
-    return alt.layer(*layers).properties(width=width, height=height, title=title)
+    value = f"datum.{_first_measure(results)}"
+    chart = alt.layer(*_layers(alt, results, "true", line, value, linked=False))
+    return chart.properties(width=width, height=height).to_dict(validate=False)
+
+
+def _first_measure(results: Sequence[Result]) -> str:
+    return "median" if results[0].kind == "trajectory" else "sliced_w2"
 
 
 def _layers(
-    alt: Any, data: Any, results: Sequence[Result], shown: str, line: str, value: str, *, linked: bool
+    alt: Any, results: Sequence[Result], shown: str, line: str, value: str, *, linked: bool
 ) -> list[Any]:
     area, kind = frame(results), results[0].kind
     low, high = area.errors
@@ -137,7 +135,7 @@ def _layers(
         scale=alt.Scale(type="log", domain=area.calls, nice=False, clamp=True),
         axis=alt.Axis(values=area.ticks, format="d", grid=True),
     )  # fmt: skip
-    name = "error" if linked and kind == "trajectory" else NAMES["median" if kind == "trajectory" else "sliced_w2"]
+    name = "error" if linked and kind == "trajectory" else NAMES[_first_measure(results)]
 
     def y(field: str) -> Any:
         return alt.Y(
@@ -156,7 +154,7 @@ def _layers(
     )
     tooltip = _tooltips(alt, kind)
     runs = (
-        alt.Chart(data)
+        alt.Chart()
         .transform_filter(shown)
         .transform_calculate(value=value, line=line)
         .transform_calculate(drawn=f"isValid(datum.value) ? max({low!r}, min(datum.value, {high!r})) : null")
@@ -201,7 +199,7 @@ def _floor(alt: Any, results: Sequence[Result], area: Frame, value: str | None) 
         return []
     low, high = area.errors
     what = "floor: error of the reference" if results[0].kind == "trajectory" else "floor: two exact samples"
-    measure = value or f"datum.{'median' if results[0].kind == 'trajectory' else 'sliced_w2'}"
+    measure = value or f"datum.{_first_measure(results)}"
     base = (
         alt.Chart(alt.Data(values=[about]))
         .transform_calculate(floor=measure)

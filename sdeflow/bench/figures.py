@@ -22,11 +22,10 @@ def save(results: Sequence[Result], folder: str | Path) -> list[Path]:
     groups = by_problem(results)
     flows = [part for part in groups if part[0].kind == "trajectory"]
     if flows:
-        written += _write([_on(part, _default_grid(part)) for part in flows], folder / "work-precision")
+        written += _write([(part, _default_grid(part)) for part in flows], folder / "work-precision")
     for part in groups:
         stem = "work-precision" if part[0].kind == "trajectory" else "distribution"
-        panels = [_on(part, grid) for grid in _grids(part)]
-        written += _write(panels, folder / f"{stem}-{part[0].problem}")
+        written += _write([(part, grid) for grid in _grids(part)], folder / f"{stem}-{part[0].problem}")
     return written
 
 
@@ -39,34 +38,40 @@ def _default_grid(part: list[Result]) -> str:
     return default if default in names else names[0]
 
 
-def _on(part: list[Result], grid: str) -> list[Result]:
-    """The runs on a grid, and the adaptive ones for comparison."""
-    return [r for r in part if r.grid in (grid, "adaptive")]
+_CONFIG = {
+    "axis": {"labelFontSize": 11, "titleFontSize": 12, "gridColor": "#eee"},
+    "title": {"fontSize": 13, "anchor": "start"},
+}
 
 
-def _write(panels: list[list[Result]], stem: Path) -> list[Path]:
-    """Panels side by side, as SVG and PNG."""
+def _write(panels: list[tuple[list[Result], str]], stem: Path) -> list[Path]:
+    """Panels (runs of a problem, grid) side by side, as SVG and PNG. Adaptive runs are in every panel."""
     alt, convert = need("altair"), need("vl_convert")
-    names = [f"runs-{i}" for i in range(len(panels))]
+    specifications = {part[0].problem: still(part) for part, _ in panels}
+    sources = {
+        f"runs-{i}": [r for r in records(part) if r["grid"] in (grid, "adaptive")]
+        for i, (part, grid) in enumerate(panels)
+    }
     charts = [
-        still(panel, name, f"{panel[0].problem}, {_grids(panel)[0]} grid")
-        for panel, name in zip(panels, names, strict=True)
+        {
+            **specifications[part[0].problem],
+            "title": f"{part[0].problem}, {grid} grid",
+            "data": {"name": name},
+        }
+        for (part, grid), name in zip(panels, sources, strict=True)
     ]
-    figure = (
-        alt.hconcat(*charts)
-        .resolve_scale(x="independent", y="independent", color="shared", shape="shared")
-        .configure(background="white")
-        .configure_axis(labelFontSize=11, titleFontSize=12, gridColor="#eee")
-        .configure_title(fontSize=13, anchor="start")
-    )
-    # data are added last: altair copies whatever a chart holds at each step of its making. Validation
-    # against the schema costs more than the drawing, and is the tests' business.
-    sources = {name: records(panel) for panel, name in zip(panels, names, strict=True)}
-    specification = {**figure.to_dict(validate=False), "datasets": sources}
-    drawn = convert.vegalite_to_svg(specification, vl_version=vega_lite_version(alt, convert))
+    figure = {
+        "$schema": charts[0].pop("$schema"),
+        "hconcat": [{k: v for k, v in chart.items() if k not in ("$schema", "config")} for chart in charts],
+        "resolve": {"scale": {"x": "independent", "y": "independent", "color": "shared", "shape": "shared"}},
+        "background": "white",
+        "config": _CONFIG,
+        "datasets": sources,
+    }
+    drawn = convert.vegalite_to_svg(figure, vl_version=vega_lite_version(alt, convert))
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png")]
     replace(paths[0], drawn.encode())
-    replace(paths[1], convert.svg_to_png(drawn, scale=2))
+    replace(paths[1], convert.svg_to_png(drawn, scale=1.6))
     return paths
 
 
