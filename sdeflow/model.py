@@ -256,7 +256,10 @@ def as_model(model: Model | Callable[..., Tensor], process: SDE) -> Model:
         if not callable(model):
             raise TypeError(f"expected a Model or a callable score(x, t), got {type(model).__name__}")
         return Model(model, process, "score", expand=False)
-    if model.sde is not process and model.sde != process:
+    root = process
+    while hasattr(root, "process"):  # a reversal has the marginals, and so the score, of what it reverses
+        root = root.process
+    if model.sde is not root and model.sde != root:
         raise ValueError(f"the model was made for {model.sde!r}, not for {process!r}")
     return model
 

@@ -72,7 +72,7 @@ class Noise:
     """Standard normals of a batch of samples, each a function of (seed, sample index, stream, node).
 
     Args:
-        seed: any integer; two seeds give independent noise.
+        seed: an integer of 64 bits; two seeds give independent noise (negative ones count from 2^64, as in torch).
         batch: number of samples.
         index: the samples' indices: None for 0..batch-1, an int for an offset, or a 1-d integer tensor.
         device: where the numbers are made.
@@ -88,6 +88,8 @@ class Noise:
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"expected an integer seed, got {seed!r}")
+        if not -(1 << 63) <= seed < 1 << 64:
+            raise ValueError(f"expected a seed of 64 bits, in [-2^63, 2^64), got {seed}")
         self.seed = seed
         self.index = _checked_index(index, batch).to(device)
         self._keys: dict[int, Tensor] = {}

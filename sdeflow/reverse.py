@@ -57,7 +57,6 @@ class ReverseSDE(SDE):
         self.noise = process.noise
         self.t0, self.t1 = process.t0, process.t1
         self.direction = -process.direction
-        self._own_coordinate: dict[torch.Size, bool] = {}
 
     def __repr__(self) -> str:
         return f"ReverseSDE({self.process!r}, {self.model!r}, eta={self.eta!r})"
@@ -97,7 +96,7 @@ class ReverseSDE(SDE):
 
     def divergence(self, x: Tensor, t: Tensor) -> Tensor:
         """(div D)_i = sum_j d_j D_ij of the process at (x, t), of the shape of x; 0 when G ignores x."""
-        return divergence(self.process, x, t, self._own_coordinate)
+        return divergence(self.process, x, t)
 
     # ---- the semilinear view of a Gaussian process
 
@@ -219,13 +218,12 @@ def apply_covariance(process: SDE, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
     return (matrix @ (matrix.mT @ v.flatten(1).unsqueeze(-1))).reshape(x.shape)
 
 
-def divergence(process: SDE, x: Tensor, t: Tensor, own_coordinate: dict[torch.Size, bool] | None = None) -> Tensor:
+def divergence(process: SDE, x: Tensor, t: Tensor) -> Tensor:
     """(div D)_i = sum_j d_j D_ij of D = G G^T, of the shape of x, by autodiff.
 
-    Zero without work when G does not depend on x. Diagonal noise: 2 G_i d_i G_i, by one
-    vector-Jacobian product when each G_i depends on its own coordinate alone (verified once an
-    event shape, remembered in `own_coordinate`), by one a coordinate otherwise. General noise:
-    one Jacobian-vector product a coordinate, sum_jk (d_j G_ik) G_jk + G_ik d_j G_jk.
+    Zero without work when G does not depend on x. Diagonal noise: 2 G_i d_i G_i, by two vector-Jacobian products
+    where each G_i depends on its own coordinate alone (the second verifies it), by one a coordinate otherwise.
+    General noise: one Jacobian-vector product a coordinate, sum_jk (d_j G_ik) G_jk + G_ik d_j G_jk.
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaf = x.detach().clone().requires_grad_() if not x.requires_grad else x
@@ -239,12 +237,9 @@ def divergence(process: SDE, x: Tensor, t: Tensor, own_coordinate: dict[torch.Si
     keep = torch.is_grad_enabled() and (x.requires_grad or process.diffusion(x, t).requires_grad)
     with torch.inference_mode(False), torch.enable_grad():
         square = (g**2).expand(leaf.shape)
-        memory = {} if own_coordinate is None else own_coordinate
-        event = leaf.shape[1:]
-        if event not in memory:
-            memory[event] = _is_own_coordinate(square, leaf)
-        if memory[event]:
-            return torch.autograd.grad(square.sum(), leaf, create_graph=keep, retain_graph=keep)[0]
+        own = torch.autograd.grad(square.sum(), leaf, create_graph=keep, retain_graph=True)[0]
+        if _is_own_coordinate(square, leaf, own):
+            return own
         flat = square.flatten(1)
         columns = [
             torch.autograd.grad(flat[:, i].sum(), leaf, create_graph=keep, retain_graph=True)[0].flatten(1)[:, i]
@@ -258,19 +253,14 @@ def _depends(g: Tensor, leaf: Tensor) -> bool:
     return torch.autograd.grad(g.sum(), leaf, retain_graph=True, allow_unused=True)[0] is not None
 
 
-def _is_own_coordinate(square: Tensor, leaf: Tensor) -> bool:
-    """Whether the Jacobian of `square` is diagonal: v * (J^T v) is then the same for all sign vectors v."""
-
-    def product(v: Tensor) -> Tensor:
-        return v * torch.autograd.grad((square * v).sum(), leaf, retain_graph=True)[0]
-
-    # irrational, distinct weights: no cancellation between coordinates is generic
+def _is_own_coordinate(square: Tensor, leaf: Tensor, own: Tensor) -> bool:
+    """Whether the Jacobian J of `square` is diagonal, given own = J^T 1: J^T w is then w own for any weights w."""
+    # distinct irrational weights: that off-diagonal entries cancel for these and for 1 is not generic
     weights = 1 + torch.frac(torch.arange(leaf[0].numel(), dtype=leaf.dtype, device=leaf.device) * 0.6180339887)
     weights = weights.reshape(leaf.shape[1:]).expand(leaf.shape)
-    ones = product(torch.ones_like(leaf))
-    weighted = product(weights) / weights**2
-    scale = ones.abs().amax().clamp_min(torch.finfo(leaf.dtype).tiny)
-    return bool(((ones - weighted).abs().amax() <= 64 * torch.finfo(leaf.dtype).eps * scale).item())
+    weighted = torch.autograd.grad((square * weights).sum(), leaf, retain_graph=True)[0] / weights
+    gap, scale = (own - weighted).detach().abs().amax(), own.detach().abs().amax()
+    return bool((gap <= 64 * torch.finfo(leaf.dtype).eps * scale).item())
 
 
 def _general_divergence(process: SDE, x: Tensor, t: Tensor) -> Tensor:

@@ -1,0 +1,110 @@
+"""What can be benchmarked, from the catalogue of solvers: a method is a solver and the eta it runs on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from sdeflow import grids
+from sdeflow.grids import GridFunction
+from sdeflow.solvers.base import Solver
+from sdeflow.solvers.catalogue import CATALOGUE, Row
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One curve of the benchmark.
+
+    Args:
+        name: unique.
+        make: constructor of the solver, without arguments.
+        calls: model calls a step on a grid.
+        eta: stochasticity of the reversal it solves: 0 the flow, 1 the reverse SDE.
+        adaptive: solve to tolerances instead of on grids.
+    """
+
+    name: str
+    make: Callable[[], Solver]
+    calls: int = 1
+    eta: float = 0.0
+    adaptive: bool = False
+
+
+def _of(row: Row) -> Iterable[Method]:
+    """On the flow under its own name, with noise as "NAME eta=1" (under its own name if that is all it does)."""
+    if row.order is not None:
+        yield Method(row.name, row.make, row.nfe_per_step)
+    if row.adaptive:
+        yield Method(f"{row.name} adaptive", row.make, row.nfe_per_step, adaptive=True)
+    if row.noise:
+        name = row.name if row.order is None else f"{row.name} eta=1"
+        yield Method(name, row.make, row.nfe_per_step, eta=1.0)
+
+
+METHODS: dict[str, Method] = {m.name: m for row in CATALOGUE for m in _of(row)}
+"""Every method by name, in the order of the catalogue."""
+
+GRIDS: dict[str, GridFunction] = {
+    "uniform": grids.uniform,
+    "quadratic": grids.quadratic,
+    "power": grids.power,
+    "logsnr": grids.logsnr,
+    "karras": grids.karras,
+}
+"""Every grid by name."""
+
+
+def methods_named(names: Iterable[str | Method]) -> list[Method]:
+    """The methods of those names; a Method is kept.
+
+    Raises:
+        ValueError: unknown names; the message lists what exists.
+    """
+    names = list(names)
+    found = {n: METHODS[n] for n in _known([n for n in names if isinstance(n, str)], METHODS, "solver")}
+    return _nonempty([n if isinstance(n, Method) else found[n] for n in names], "solver")
+
+
+def grids_named(names: Iterable[str | GridFunction]) -> dict[str, GridFunction]:
+    """The grids of those names; a grid function is kept, under its own name.
+
+    Raises:
+        ValueError: unknown names; the message lists what exists.
+    """
+    names = list(names)
+    _known([n for n in names if isinstance(n, str)], GRIDS, "grid")
+    pairs = [(n, GRIDS[n]) if isinstance(n, str) else (getattr(n, "__name__", repr(n)), n) for n in names]
+    return dict(_nonempty(pairs, "grid"))
+
+
+def budgets(nfe: Iterable[int]) -> list[int]:
+    """NFE budgets, ascending and each once.
+
+    Raises:
+        ValueError: one that is not a positive integer, or none.
+    """
+    nfe = list(nfe)
+    bad = [n for n in nfe if isinstance(n, bool) or not isinstance(n, int) or n < 1]
+    if bad:
+        raise ValueError(f"expected NFE budgets as positive integers, got {bad[0]!r}")
+    return _nonempty(sorted(set(nfe)), "NFE budget")
+
+
+def _known(names: list[str], table: dict[str, Any], what: str) -> list[str]:
+    unknown = [n for n in names if n not in table]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], table, n=1, cutoff=0.6)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        listed = ", ".join(map(repr, unknown))
+        raise ValueError(f"unknown {what} {listed}{hint}: expected some of {', '.join(table)}")
+    return names
+
+
+def _nonempty(values: list[T], what: str) -> list[T]:
+    if not values:
+        raise ValueError(f"expected at least one {what}")
+    return values

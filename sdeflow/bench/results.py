@@ -1,0 +1,159 @@
+"""The result of one run, and files of them: JSON lines, one result a line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+SCHEMA = 1
+"""Version of the file format; raised when a field changes its meaning."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run of one method on one problem. Errors are absolute, root mean square per component.
+
+    Attributes:
+        problem: name of the problem.
+        solver: name of the method.
+        grid: name of the grid; "adaptive" when solved to a tolerance.
+        kind: "trajectory" (deterministic: error per sample) or "distribution" (stochastic).
+        eta: stochasticity of the reversal that was solved.
+        budget: model calls allowed; None when adaptive.
+        tolerance: rtol = atol; None on a grid.
+        status: "ok", or "failed": the run raised or samples did not finish. A failed run keeps
+            what it has; its errors are None where they are not finite.
+        message: why it failed.
+        nfe: model calls a sample, counted (the mean over samples when adaptive).
+        steps: likewise.
+        samples: number of samples compared.
+        dtype: of the states and the network.
+        seed: of the start and the noise.
+        median, q90, rms: of the errors per sample against the reference (kind "trajectory").
+        flip_rate: share of samples that ended elsewhere than their reference.
+        sliced_w2, low, high: sliced 2-Wasserstein distance to the target with its 95% interval, per
+            component as the other errors (kind "distribution").
+        floor: what the reference, or a second exact sample, differs by in the same measure
+            (of the median, or of sliced_w2). None when not known.
+        resolved: whether the error is at least 2 floors; below, it says nothing.
+        scale: the spread of the reference or target, root mean square per component.
+        wall_seconds: of the solve. One run: compare methods by NFE, and use this for their overhead.
+        model_seconds: of that, inside the network.
+        preview: the first samples as a PNG data URI, or None.
+        about: of the problem: title, process, prediction, shape, reference, target, floors by measure,
+            default_grid, threads, and previews of reference and target.
+        environment: versions, machine, command and start time, see `environment`.
+    """
+
+    problem: str
+    solver: str
+    grid: str
+    kind: Literal["trajectory", "distribution"]
+    eta: float = 0.0
+    budget: int | None = None
+    tolerance: float | None = None
+    status: Literal["ok", "failed"] = "ok"
+    message: str | None = None
+    nfe: float | None = None
+    steps: float | None = None
+    samples: int = 0
+    dtype: str = "float64"
+    seed: int = 0
+    median: float | None = None
+    q90: float | None = None
+    rms: float | None = None
+    flip_rate: float | None = None
+    sliced_w2: float | None = None
+    low: float | None = None
+    high: float | None = None
+    floor: float | None = None
+    resolved: bool = True
+    scale: float | None = None
+    wall_seconds: float | None = None
+    model_seconds: float | None = None
+    preview: str | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def error(self) -> float | None:
+        """The error that ranks it: the median, or the sliced W2."""
+        return self.median if self.kind == "trajectory" else self.sliced_w2
+
+    def line(self) -> str:
+        """It as a line of JSON, without the line's end."""
+        values = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return json.dumps({"schema": SCHEMA, **values}, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write(results: Iterable[Result], path: str | Path) -> None:
+    """Results as JSON lines. The file is replaced as a whole: a reader never sees half of it."""
+    replace(path, "".join(r.line() + "\n" for r in results).encode())
+
+
+def replace(path: str | Path, content: bytes) -> None:
+    """`content` as the file `path`, atomically, its folder made if missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read(path: str | Path) -> list[Result]:
+    """The results of a JSON lines file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is no result; the message names it.
+    """
+    known = {f.name for f in dataclasses.fields(Result)}
+    results = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+            schema = values.pop("schema")
+            result = Result(**{k: v for k, v in values.items() if k in known})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number}: not a result of sdeflow bench ({error})") from error
+        if schema > SCHEMA:
+            raise ValueError(f"{path}: written by a newer sdeflow (schema {schema}, this reads {SCHEMA})")
+        results.append(result)
+    return results
+
+
+class Log:
+    """The file of a run in progress: complete whenever it is read, at most a second behind."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.results: list[Result] = []
+        self._path, self._saved = path, 0.0
+
+    def add(self, result: Result) -> None:
+        self.results.append(result)
+        if time.monotonic() - self._saved > 1.0:
+            self.save()
+
+    def save(self) -> None:
+        if self._path is not None and self.results:
+            write(self.results, self._path)
+        self._saved = time.monotonic()

@@ -1,0 +1,125 @@
+"""Suites as data: problems, methods, grids and budgets that belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdeflow.bench.extras import need
+from sdeflow.bench.problem import Problem
+from sdeflow.problems import EightGaussians, Empirical, GaussianMixture
+from sdeflow.processes import EDM, VP
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a run covers.
+
+    Attributes:
+        problems: functions that make them, called as the run reaches them.
+        methods: names in `METHODS`.
+        grids: names in `GRIDS`.
+        nfe: budgets of model calls.
+        tolerances: of adaptive methods, rtol = atol.
+    """
+
+    problems: tuple[Callable[[], Problem], ...]
+    methods: tuple[str, ...]
+    grids: tuple[str, ...]
+    nfe: tuple[int, ...]
+    tolerances: tuple[float, ...]
+
+
+def mixture() -> Problem:
+    """Eight Gaussians on a circle in the plane, with weights 1 to 8, under VP."""
+    circle = EightGaussians()
+    data = GaussianMixture(circle.means, circle.variances, weights=range(1, 9))
+    return Problem(
+        data.model(VP()),
+        shape=data.event,
+        name="mixture-2d",
+        title="Eight Gaussians in the plane with weights 1 to 8, exact score, under VP",
+        sample=data.sample,
+        centres=circle.means,
+        tolerance=1e-8,
+        samples=256,
+        draws=2000,
+    )
+
+
+def digits_exact() -> Problem:
+    """The handwritten digits, each blurred by 0.2, with their exact score, under EDM."""
+    images = digits()
+    data = Empirical(images, bandwidth=0.2)
+    return Problem(
+        data.model(EDM()),
+        shape=data.event,
+        name="digits-exact",
+        title="All 1,797 handwritten digits (8x8), each blurred by 0.2: exact score, under EDM",
+        sample=data.sample,
+        centres=images,
+        tolerance=1e-8,
+        samples=128,
+        draws=400,
+    )
+
+
+def digits_network() -> Problem:
+    """The network for digits that ships with the package, under VP."""
+    import sdeflow
+
+    if not hasattr(sdeflow, "load_model"):
+        images = digits()
+        k = [images[need("sklearn.datasets").load_digits().target == c].flatten(1) for c in range(10)]
+        mix = GaussianMixture(
+            torch.stack([v.mean(0).reshape(1, 8, 8) for v in k]),
+            torch.stack([torch.cov(v.T) + 0.01 * torch.eye(64) for v in k]),
+        )
+        model = mix.model(VP())
+    else:
+        model = sdeflow.load_model("digits")
+    return Problem(
+        model,
+        shape=(1, 8, 8),
+        name="digits-network",
+        title="The digits network that ships with sdeflow, under VP",
+        tolerance=1e-5,
+        samples=64,
+        draws=256,
+        target_tolerance=1e-3,
+    )
+
+
+def digits() -> Tensor:
+    """scikit-learn's handwritten digits, float64 (1797, 1, 8, 8) in [-1, 1]."""
+    images = need("sklearn.datasets").load_digits().images
+    return torch.as_tensor(images, dtype=torch.float64).unsqueeze(1) / 8 - 1
+
+
+QUICK = Suite(
+    problems=(mixture, digits_exact, digits_network),
+    methods=(
+        "Euler",
+        "Heun",
+        "RK4",
+        "RK45",
+        "RK45 adaptive",
+        "DDIM",
+        "DPMSolverPP(1)",
+        "DPMSolverPP(2)",
+        "DPMSolverPP(3)",
+        "EulerMaruyama eta=1",
+        "DDPM",
+        "DPMSolverPP(2) eta=1",
+        "EulerMaruyama+Langevin",
+    ),
+    grids=("uniform", "quadratic", "power", "logsnr", "karras"),
+    nfe=(5, 8, 10, 15, 20, 30, 50),
+    tolerances=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
+)
+
+SUITES: dict[str, Suite] = {"quick": QUICK}
+"""Every suite by name."""
