@@ -14,7 +14,6 @@ from sdeflow.plan import Plan
 from sdeflow.sde import Problem
 from sdeflow.solution import Solution, SolveError, State
 from sdeflow.solvers.base import Solver
-from sdeflow.solvers.runge_kutta import RungeKutta
 
 Grid = Tensor | Sequence[float] | Callable[..., Tensor]
 Save = bool | Sequence[float] | Tensor | None
@@ -136,11 +135,16 @@ def _march(
     if rtol is not None or atol is not None:
         if steps is not None or grid is not None:
             raise ValueError("expected steps or grid, or rtol and atol, not both")
-        if not (isinstance(solver, RungeKutta) and solver.adaptive):
+        pair = solver.pair
+        if pair is None:
             raise ValueError(f"{solver.name} has no error estimate: expected steps or grid, got rtol/atol")
         control = PID(_either(rtol, atol), _either(atol, rtol), max_steps)
         span = _checked_span(problem, t_span)
-        return Adaptive(solver.tableau, problem, x, span, control, _save_times(save, span, x.device))
+        if save is not None and save is not False and not pair.dense:
+            raise ValueError(
+                f"{solver.name} has no dense output: expected save=None, or a grid through the times to save"
+            )
+        return Adaptive(pair, problem, x, span, control, _save_times(save, span, x.device))
     ts = _grid(problem, solver, steps, grid, t_span)
     noise = None
     if solver.draws_noise(problem):

@@ -124,9 +124,7 @@ def _first_measure(results: Sequence[Result]) -> str:
     return "median" if results[0].kind == "trajectory" else "sliced_w2"
 
 
-def _layers(
-    alt: Any, results: Sequence[Result], shown: str, line: str, value: str, *, linked: bool
-) -> list[Any]:
+def _layers(alt: Any, results: Sequence[Result], shown: str, line: str, value: str, *, linked: bool) -> list[Any]:
     area, kind = frame(results), results[0].kind
     low, high = area.errors
     decades = [10.0**k for k in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]

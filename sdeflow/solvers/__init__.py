@@ -5,6 +5,7 @@ from sdeflow.solvers.base import LinearSolver, Solver
 from sdeflow.solvers.catalogue import CATALOGUE, Row, by_name
 from sdeflow.solvers.euler_maruyama import EulerMaruyama
 from sdeflow.solvers.exponential import DDIM, DDPM, DPMSolverPP, ExponentialMultistep, DPMSolver, DEIS, UniPC
+from sdeflow.solvers.exponential_rk import ExponentialRK
 from sdeflow.solvers.gaussian_split import GaussianSplit, estimate_split
 from sdeflow.solvers.in_variable import InVariable
 from sdeflow.solvers.langevin import Langevin, PredictorCorrector

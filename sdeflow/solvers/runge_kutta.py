@@ -15,6 +15,7 @@ from sdeflow.plan import Plan
 from sdeflow.sde import Problem
 from sdeflow.solvers import tableaus
 from sdeflow.solvers.base import LinearSolver, refuse_noise
+from sdeflow.solvers.embedded import RungeKuttaPair
 from sdeflow.solvers.tableaus import Tableau
 
 
@@ -33,9 +34,8 @@ class RungeKutta(LinearSolver):
         return self.tableau.order
 
     @property
-    def adaptive(self) -> bool:
-        """Whether it has an error estimate, for solving to a tolerance."""
-        return self.tableau.b_error is not None
+    def pair(self) -> RungeKuttaPair | None:
+        return None if self.tableau.b_error is None else RungeKuttaPair(self.tableau)
 
     def __repr__(self) -> str:
         return f"{self.name}()"
