@@ -52,6 +52,7 @@ class Plan(LinearSolver):
         ratio, weights, noise: float64 (rows,), (rows, history), (rows,).
         noise_kind: "unit" multiplies `noise` with standard normals, "diffusion" with G(x, t) times them.
         process: the process the coefficients belong to (its repr); None when they do not depend on it.
+        kick_ratio, kick_noise: (steps,) or None: step i begins from kick_ratio[i] x + kick_noise[i] xi instead of x.
         shift, shift_weight: a constant of the event's shape (or 0-d) that row k adds times shift_weight[k]; or None.
     """
 
@@ -68,6 +69,8 @@ class Plan(LinearSolver):
     view: View = "drift"
     shift: Tensor | None = None
     shift_weight: Tensor | None = None
+    kick_ratio: Tensor | None = None
+    kick_noise: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, steps = self.times.numel(), self.grid.numel() - 1
@@ -157,7 +160,8 @@ class Plan(LinearSolver):
             refuse_noise(self.name, problem)
 
     def draws_noise(self, problem: Problem) -> bool:
-        return bool((self.noise != 0).any())
+        kicked = self.kick_noise is not None and bool((self.kick_noise != 0).any())
+        return kicked or bool((self.noise != 0).any())
 
     def plan(self, problem: Problem, grid: Tensor) -> Plan:
         if not torch.equal(grid, self.grid):
@@ -238,11 +242,18 @@ class PlanRun:
         if plan.shift is not None and plan.shift_weight is not None and bool((plan.shift != 0).any()):
             self._shift = plan.shift.to(dtype=self._work, device=x.device)
             self._shift_weight = plan.shift_weight.tolist()
+        self._kick: list[tuple[float, float]] | None = None
+        if plan.kick_ratio is not None and plan.kick_noise is not None and noise is not None:
+            self._kick = list(zip(plan.kick_ratio.tolist(), plan.kick_noise.tolist(), strict=True))
+            self._unit = noise.sequence(PATH, plan.steps, x.shape[1:], self._work)
         self._combine = _combiner(plan, x, self._work)
         self._add_noise = _noise_adder(plan, problem, x, noise, self._work)
 
     def step(self, i: int, x: Tensor) -> Tensor:
         base = x.to(self._work)
+        if self._kick is not None and self._kick[i][1] != 0.0:
+            ratio, std = self._kick[i]
+            base = torch.add(ratio * base, self._unit(i), alpha=std)
         y = base
         for k in self._rows[i]:
             e = self._evaluate(k, y.to(x.dtype))

@@ -3,12 +3,23 @@
 from sdeflow.solvers.adams import Adams, AdamsBashforth, AdamsBashforthMoulton
 from sdeflow.solvers.base import LinearSolver, Solver
 from sdeflow.solvers.catalogue import CATALOGUE, Row, by_name
+from sdeflow.solvers.edm import EDMEuler, EDMHeun, EDMSampler
 from sdeflow.solvers.euler_maruyama import EulerMaruyama
-from sdeflow.solvers.exponential import DDIM, DDPM, DPMSolverPP, ExponentialMultistep, DPMSolver, DEIS, UniPC
+from sdeflow.solvers.exponential import (
+    DDIM,
+    DDPM,
+    DPMSolverPP,
+    ExponentialMultistep,
+    DPMSolver,
+    DEIS,
+    DPMSolverFast,
+    UniPC,
+)
 from sdeflow.solvers.exponential_rk import ExponentialRK
 from sdeflow.solvers.gaussian_split import GaussianSplit, estimate_split
 from sdeflow.solvers.in_variable import InVariable
 from sdeflow.solvers.langevin import Langevin, PredictorCorrector
+from sdeflow.solvers.restart import Restart, RestartInterval
 from sdeflow.solvers.runge_kutta import (
     DOP853,
     RK4,

@@ -57,6 +57,7 @@ class ExponentialMultistep(LinearSolver):
             single step of full order (order - 1 calls more; order <= 3), which keeps the order as steps
             shrink; needs eta = 0.
         lower_order_final: end with orders ..., 2, 1, for stability when the last steps are long.
+        final_orders: orders of the last steps, instead.
         second: how two evaluations are combined. "exact" integrates their line; "bh1" and "bh2" are UniPC's
             hard-wired 1/2 B(h) times the difference quotient, B = h and B = e^h - 1 (bh2 is also the
             midpoint form of DPM-Solver++(2M)). All are of order 2.
@@ -70,6 +71,7 @@ class ExponentialMultistep(LinearSolver):
     multistep: bool = True
     start: Literal["ramp", "singlestep"] = "ramp"
     lower_order_final: bool = False
+    final_orders: tuple[int, ...] = ()
     second: Second = "exact"
     eta: float | None = None
     name: str = "ExponentialMultistep"
@@ -145,12 +147,14 @@ class ExponentialMultistep(LinearSolver):
         process, steps = reverse.gaussian, grid.numel() - 1
         lam = process.lam(grid)
         single = range(steps) if not self.multistep else range(1 if self._single_steps else 0)
+        orders = self.final_orders or (range(self.order, 0, -1) if self.lower_order_final else ())
+        finals = {len(orders) - n: order for n, order in enumerate(orders)}  # by steps left
         times: list[Tensor] = []
         targets: list[Tensor] = []
         step: list[int] = []
         ages: list[tuple[int, ...]] = []
         for i in range(steps):
-            final = steps - i if self.lower_order_final else self.order
+            final = finals.get(steps - i, self.order)
             if i not in single:
                 times.append(grid[i])
                 targets.append(grid[i + 1])
@@ -288,6 +292,18 @@ def DPMSolver(
         order=order, prediction="eps", multistep=multistep, start=start, second=second,
         lower_order_final=lower_order_final, name=f"DPMSolver({order}{'M' if multistep else 'S'})",
     )  # fmt: skip
+
+
+def DPMSolverFast(nfe: int) -> ExponentialMultistep:
+    """DPM-Solver-fast: single steps of order 3 and one or two of lower order, `nfe` calls in `nfe // 3 + 1` steps.
+
+    (Lu et al. 2022, DPM-Solver, section 3.4.) Solve with `steps = nfe // 3 + 1`.
+    """
+    if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 3:
+        raise ValueError(f"DPMSolverFast: expected nfe >= 3, got {nfe!r}")
+    return ExponentialMultistep(
+        order=3, prediction="eps", multistep=False, final_orders=((2, 1), (1,), (2,))[nfe % 3], name="DPMSolverFast"
+    )
 
 
 def DPMSolverPP(
