@@ -27,9 +27,17 @@ from sdeflow.solvers.base import LinearSolver, View, refuse_noise, semilinear
 
 _FORMAT = "sdeflow-plan-1"
 _TABLES = {
-    "grid": torch.float64, "times": torch.float64, "step_of_row": torch.int64, "ratio": torch.float64,
-    "weights": torch.float64, "noise": torch.float64,
-}  # fmt: skip
+    "grid": torch.float64,
+    "times": torch.float64,
+    "step_of_row": torch.int64,
+    "ratio": torch.float64,
+    "weights": torch.float64,
+    "noise": torch.float64,
+    "shift": torch.float64,
+    "shift_weight": torch.float64,
+    "kick_ratio": torch.float64,
+    "kick_noise": torch.float64,
+}
 
 
 def _plain(value: object) -> object:
