@@ -38,7 +38,7 @@ class Plan(LinearSolver):
         step_of_row: int64 (rows,), non-decreasing.
         ratio, weights, noise: float64 (rows,), (rows, history), (rows,).
         noise_kind: "unit" multiplies `noise` with standard normals, "diffusion" with G(x, t) times them.
-        process: the process the coefficients belong to (its repr); None when they do not depend on it.
+        process, eta: what the coefficients belong to (their reprs); None when they do not depend on it.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Plan(LinearSolver):
     noise: Tensor
     noise_kind: Literal["unit", "diffusion"] = "unit"
     process: str | None = None
+    eta: str | None = None
     view: View = "drift"
 
     def __post_init__(self) -> None:
@@ -92,9 +93,11 @@ class Plan(LinearSolver):
         if self.view == "transition":
             semilinear(self.name, problem)
         if self.process is not None:
-            process = getattr(problem, "process", problem)
+            process, eta = getattr(problem, "process", problem), getattr(problem, "eta", None)
             if repr(process) != self.process:
                 raise ValueError(f"this plan was made for {self.process}, not for {process!r}")
+            if repr(eta) != self.eta:
+                raise ValueError(f"this plan was made for eta = {self.eta}, not for eta = {eta!r}")
         if not bool((self.noise != 0).any()):
             refuse_noise(self.name, problem)
 
@@ -138,11 +141,13 @@ class PlanRun:
         self._rows = plan._rows
         # 16-bit states are combined in float32: their 8 to 11 bits would swallow the increments
         self._work = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+        self._reached = self._returned = torch.empty(0)
         self._combine = _combiner(plan, x, self._work)
         self._add_noise = _noise_adder(plan, problem, x, noise, self._work)
 
     def step(self, i: int, x: Tensor) -> Tensor:
-        base = x.to(self._work)
+        # a 16-bit state goes on from what was computed, not from its rounding, unless somebody changed it
+        base = self._reached if x is self._returned else x.to(self._work)
         y = base
         for k in self._rows[i]:
             e = self._evaluate(k, y.to(x.dtype))
@@ -150,7 +155,8 @@ class PlanRun:
             y = self._combine(k, base, e)
             if self._scale[k] != 0.0:
                 y = self._add_noise(k, i, y, x)
-        return y.to(x.dtype)
+        self._reached, self._returned = y, y.to(x.dtype)
+        return self._returned
 
 
 def _combiner(plan: Plan, x: Tensor, work: torch.dtype) -> Callable[[int, Tensor, Tensor], Tensor]:

@@ -141,7 +141,9 @@ class ReverseSDE(SDE):
                 raise ValueError(
                     "noise prediction says nothing about x_0 where alpha = 0: use data prediction, or start below it"
                 )
-            fresh = torch.sqrt(torch.clamp(-torch.expm1(-2 * h), min=0.0))  # exp(-2 lam0) - exp(-2 lam1) = (s0/a0)^2 (1 - exp(-2h))
+            fresh = torch.sqrt(
+                torch.clamp(-torch.expm1(-2 * h), min=0.0)
+            )  # exp(-2 lam0) - exp(-2 lam1) = (s0/a0)^2 (1 - exp(-2h))
             return a1 / a0, (1 + eta2) * s1, -torch.ones_like(h), torch.sqrt(eta2) * a1 * s0 / a0 * fresh
         raise ValueError(f'expected prediction "x0" or "eps", got {prediction!r}')
 

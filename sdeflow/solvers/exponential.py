@@ -102,6 +102,7 @@ class ExponentialMultistep(LinearSolver):
             weights=interpolation_weights(reverse, base, target, layout.times, orders, self.prediction),
             noise=torch.where(ends_step, std, torch.zeros_like(std)),
             process=repr(reverse.process),
+            eta=repr(semilinear(self.name, problem).eta),
         )
 
     def _layout(self, reverse: ReverseSDE, grid: Tensor) -> _Layout:
@@ -262,4 +263,5 @@ class DDIM(LinearSolver):
             weights=(alpha[1:] - alpha[:-1] * ratio)[:, None],
             noise=self.eta * sigma[1:] * torch.sqrt(fresh) if self.eta else zero,
             process=repr(process),
+            eta=repr(reverse.eta),
         )
