@@ -2,7 +2,8 @@
 
 from importlib.metadata import version as _version
 
-from sdeflow import grids, metrics, problems, solvers
+from sdeflow import grids, losses, metrics, nets, problems, solvers
+from sdeflow.checkpoints import load_model, save_model
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model
 from sdeflow.noise import Noise
@@ -38,9 +39,13 @@ __all__ = [
     "SubVP",
     "grids",
     "iterate",
+    "load_model",
+    "losses",
     "metrics",
+    "nets",
     "problems",
     "sample",
+    "save_model",
     "solve",
     "solvers",
 ]

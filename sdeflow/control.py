@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.noise import Noise
-from sdeflow.sde import Problem
+from sdeflow.sde import Problem, checked_shape
 from sdeflow.solution import Solution, State, Stats, Status
 from sdeflow.solvers.base import Pair, Solver, per_row
 
@@ -41,7 +41,7 @@ class FixedGrid:
             self._kept[self._i] = self._x
 
     def solution(self) -> Solution:
-        finite = torch.isfinite(self._x.detach()).flatten(1).all(1)
+        finite = torch.isfinite(self._x.detach()).reshape(self._x.shape[0], -1).all(1)
         calls = self._stepper.calls
         return Solution(
             x=self._x,
@@ -86,9 +86,13 @@ class PID:
             raise ValueError(f"expected max_steps >= 1, got {self.max_steps!r}")
 
     def norm(self, error: Tensor, *states: Tensor) -> Tensor:
-        """The error of each sample in units of its tolerance, float64 (batch,)."""
-        size = torch.stack([s.abs() for s in states]).amax(0)
-        scaled = (error / (self.atol + self.rtol * size)).flatten(1).to(torch.float64)
+        """The error of each sample in units of its tolerance, float64 (batch,).
+
+        Carries no gradient: step sizes are choices, not part of the solution map.
+        """
+        size = torch.stack([s.detach().abs() for s in states]).amax(0).to(torch.float64)
+        allowed = torch.clamp(self.atol + self.rtol * size, min=torch.finfo(torch.float64).tiny)
+        scaled = (error.detach().to(torch.float64) / allowed).reshape(error.shape[0], -1)
         return torch.sqrt((scaled**2).mean(1))
 
     def factor(self, error: Tensor, previous: Tensor, order: int) -> Tensor:
@@ -142,7 +146,8 @@ class Adaptive:
         self._live = torch.ones(batch, dtype=torch.bool, device=device)
         self._y, self._s = x, per_sample(self._start)
         self._k = self._evaluate(self._y, self._s)
-        self._h = pair.first_step(self._evaluate, control.norm, self._y, self._s, self._k, self._end - self._start)
+        with torch.no_grad():
+            self._h = pair.first_step(self._evaluate, control.norm, self._y, self._s, self._k, self._end - self._start)
         self._error = per_sample(1.0)
         if self._saved is not None:
             self._record_start(x)
@@ -207,10 +212,7 @@ class Adaptive:
         """One evaluation of the batch, counted for the samples still running."""
         self._calls += 1
         self._nfe[self._rows] += self._live.to(torch.int64)
-        value = self._pair.evaluate(self._problem, x, s)
-        if value.shape != x.shape:
-            raise ValueError(f"the drift returned {tuple(value.shape)} for x of shape {tuple(x.shape)}")
-        return value.to(x.dtype)
+        return checked_shape(self._pair.evaluate(self._problem, x, s), x, "the drift")
 
     # ---- who is still in the batch
 
@@ -222,7 +224,7 @@ class Adaptive:
         """Give finished and failed samples their status and let them leave the batch."""
         attempts = (self._accepted + self._rejected)[self._rows]
         underflow = self._h < 1e-14 * max(abs(self._start), abs(self._end))
-        stuck = ~torch.isfinite(self._k).flatten(1).all(1)
+        stuck = ~torch.isfinite(self._k.detach()).reshape(self._k.shape[0], -1).all(1)
         verdict = torch.full_like(self._rows, -1)
         verdict[attempts >= self._control.max_steps] = Status.STEP_LIMIT
         verdict[underflow] = Status.STEP_UNDERFLOW

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.processes import DiscreteVP
-from sdeflow.sde import SDE, Evaluator
+from sdeflow.sde import SDE, Evaluator, checked_shape
 from sdeflow.times import Time, align
 
 Prediction = Literal["x0", "eps", "score", "v", "velocity"]
@@ -203,11 +203,7 @@ class Model:
     def raw(self, x: Tensor, time: Tensor) -> Tensor:
         """The network's own output, counted and checked for its shape."""
         self._counter.calls += 1
-        value = self.net(x, time, **self.conditions)
-        if not isinstance(value, Tensor) or value.shape != x.shape:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"the model returned {got} for x of shape {tuple(x.shape)}: expected the shape of x")
-        return value if value.dtype == x.dtype else value.to(x.dtype)
+        return checked_shape(self.net(x, time, **self.conditions), x, "the model")
 
     def _input(self, x: Tensor, t: Tensor) -> Tensor:
         time = self._time_input(t)

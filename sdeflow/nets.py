@@ -44,7 +44,7 @@ class MLP(nn.Module):
         harmonics: frequencies of lam that the embedding reads; more make the network rougher in time.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size that is not from 1 to 65536.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class MLP(nn.Module):
             "embedding": embedding, "harmonics": harmonics,
         }  # fmt: skip
         sizes = (*self.shape, width, depth, embedding, harmonics)
-        if not all(isinstance(n, int) and n >= 1 for n in sizes):
-            raise ValueError(f"expected sizes >= 1, got {self.config}")
+        if not all(isinstance(n, int) and 1 <= n <= 1 << 16 for n in sizes):
+            raise ValueError(f"expected sizes from 1 to 65536, got {self.config}")
         size = math.prod(self.shape)
         self.harmonics = harmonics
         self.time = nn.Sequential(

@@ -59,7 +59,7 @@ class Plan(LinearSolver):
         step_of_row: int64 (rows,), non-decreasing.
         ratio, weights, noise: float64 (rows,), (rows, history), (rows,).
         noise_kind: "unit" multiplies `noise` with standard normals, "diffusion" with G(x, t) times them.
-        process: the process the coefficients belong to (its repr); None when they do not depend on it.
+        process, eta: what the coefficients belong to (their reprs); None when they do not depend on it.
         kick_ratio, kick_noise: (steps,) or None: step i begins from kick_ratio[i] x + kick_noise[i] xi instead of x.
         shift, shift_weight: a constant of the event's shape (or 0-d) that row k adds times shift_weight[k]; or None.
     """
@@ -74,6 +74,7 @@ class Plan(LinearSolver):
     noise: Tensor
     noise_kind: Literal["unit", "diffusion"] = "unit"
     process: str | None = None
+    eta: str | None = None
     view: View = "drift"
     shift: Tensor | None = None
     shift_weight: Tensor | None = None
@@ -161,9 +162,11 @@ class Plan(LinearSolver):
         if self.view == "transition":
             semilinear(self.name, problem)
         if self.process is not None:
-            process = getattr(problem, "process", problem)
+            process, eta = getattr(problem, "process", problem), getattr(problem, "eta", None)
             if repr(process) != self.process:
                 raise ValueError(f"this plan was made for {self.process}, not for {process!r}")
+            if repr(eta) != self.eta:
+                raise ValueError(f"this plan was made for eta = {self.eta}, not for eta = {eta!r}")
         if not bool((self.noise != 0).any()):
             refuse_noise(self.name, problem)
 
@@ -254,11 +257,13 @@ class PlanRun:
         if plan.kick_ratio is not None and plan.kick_noise is not None and noise is not None:
             self._kick = list(zip(plan.kick_ratio.tolist(), plan.kick_noise.tolist(), strict=True))
             self._unit = noise.sequence(PATH, plan.steps, x.shape[1:], self._work)
+        self._reached = self._returned = torch.empty(0)
         self._combine = _combiner(plan, x, self._work)
         self._add_noise = _noise_adder(plan, problem, x, noise, self._work)
 
     def step(self, i: int, x: Tensor) -> Tensor:
-        base = x.to(self._work)
+        # a 16-bit state goes on from what was computed, not from its rounding, unless somebody changed it
+        base = self._reached if x is self._returned else x.to(self._work)
         if self._kick is not None and self._kick[i][1] != 0.0:
             ratio, std = self._kick[i]
             base = torch.add(ratio * base, self._unit(i), alpha=std)
@@ -271,7 +276,8 @@ class PlanRun:
                 y = torch.add(y, self._shift, alpha=self._shift_weight[k])
             if self._scale[k] != 0.0:
                 y = self._add_noise(k, i, y, x)
-        return y.to(x.dtype)
+        self._reached, self._returned = y, y.to(x.dtype)
+        return self._returned
 
 
 def _combiner(plan: Plan, x: Tensor, work: torch.dtype) -> Callable[[int, Tensor, Tensor], Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.model import Model
+from sdeflow.plan import Plan
 from sdeflow.reverse import Eta
 from sdeflow.solution import Solution
 from sdeflow.solve import Grid, Save, solve
@@ -77,7 +78,7 @@ def sample(
             t_span=t_span, seed=seed, index=index, save=save, progress=progress, throw=throw,
         )  # fmt: skip
         if final == "denoise":
-            end = _end_time(process.t_min, grid, t_span)
+            end = _end_time(process.t_min, solver.grid if isinstance(solver, Plan) else grid, t_span)
             solution = _with_call(solution, model.x0(solution.x, end))
     return solution
 
@@ -89,7 +90,7 @@ def _parameter(model: Model) -> Tensor | None:
 
 def _end_time(t_min: float, grid: Grid | None, t_span: tuple[float, float] | None) -> float:
     if grid is not None and not callable(grid):
-        return float(torch.as_tensor(grid)[-1])
+        return float(grid[-1])
     return t_min if t_span is None else float(t_span[1])
 
 

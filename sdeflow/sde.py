@@ -29,6 +29,14 @@ Score = Callable[[Tensor, Tensor], Tensor]
 """`score(x, t)`: grad log p_t at x; t is 0-d, or (batch, 1, ..., 1) when steps are per sample."""
 
 
+def checked_shape(value: object, x: Tensor, what: str) -> Tensor:
+    """`value` in the dtype of x; an error if what a user's function returned has not the shape of x."""
+    if not isinstance(value, Tensor) or value.shape != x.shape:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{what} returned {got} for x of shape {tuple(x.shape)}: expected the shape of x")
+    return value if value.dtype == x.dtype else value.to(x.dtype)
+
+
 class Problem(ABC):
     """What `solve` integrates. Users derive from `ODE` or `SDE`, not from this class."""
 
@@ -72,7 +80,11 @@ class Problem(ABC):
                 "use a solver of the drift view, such as Heun, RK45 or EulerMaruyama"
             )
         ts = times.unbind()
-        return lambda k, x: self.drift(x, ts[k])
+
+        def evaluate(k: int, x: Tensor) -> Tensor:
+            return checked_shape(self.drift(x, ts[k]), x, "the drift")
+
+        return evaluate
 
     def check_batch(self, batch: int) -> None:
         """Refuse per-sample attributes or conditions of another batch size than the samples'."""

@@ -229,7 +229,7 @@ def _grid(
     else:
         if t_span is not None:
             raise ValueError("expected a grid of times or t_span, not both")
-        ts = torch.as_tensor(grid)
+        ts = grid if isinstance(grid, Tensor) else torch.tensor(grid, dtype=torch.float64)
         if ts.is_complex() or ts.dtype == torch.bool:
             raise TypeError(f"expected real times in grid, got {ts.dtype}")
     ts = ts.detach().to(device="cpu", dtype=torch.float64)

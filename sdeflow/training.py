@@ -77,12 +77,16 @@ def train(
         TypeError, ValueError: arguments that do not fit.
         FloatingPointError: the loss became infinite or NaN.
     """
-    _check(model, data, steps=steps, batch=batch, log_every=log_every, lr=lr, clip=clip, ema=ema)
+    if not isinstance(model, Model) or not isinstance(model.net, nn.Module):
+        raise TypeError(f"expected a Model of an nn.Module, got {model!r}")
+    if model.conditions:
+        raise ValueError(f"expected a model without bound conditions, got {', '.join(model.conditions)}")
+    _check(model.net, data, steps=steps, batch=batch, log_every=log_every, lr=lr, clip=clip, ema=ema)
     net = copy.deepcopy(model.net).train().requires_grad_()
     average = AveragedModel(net, multi_avg_fn=_warm_average(ema))
     learner = _with_net(model, net)
     parameters = list(net.parameters())
-    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     history: list[dict[str, float]] = []
     losses: list[Tensor] = []
     norms: list[Tensor] = []
@@ -158,10 +162,8 @@ def _mean(values: Sequence[Tensor]) -> float:
     return float(torch.stack(list(values)).mean())
 
 
-def _check(model: Model, data: Tensor, lr: float, clip: float, ema: float, **counts: int) -> None:
-    if not isinstance(model, Model) or not isinstance(model.net, nn.Module):
-        raise TypeError(f"expected a Model of an nn.Module, got {model!r}")
-    like = next(model.net.parameters(), None)
+def _check(net: nn.Module, data: Tensor, lr: float, clip: float, ema: float, **counts: int) -> None:
+    like = next(net.parameters(), None)
     if like is None:
         raise ValueError("expected a network with parameters: there is nothing to train")
     if not isinstance(data, Tensor) or data.ndim < 2 or data.shape[0] < 1:

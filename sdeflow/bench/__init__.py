@@ -8,9 +8,8 @@ Running needs torch alone; files and reports need the extra: pip install 'sdeflo
 """
 
 from sdeflow.bench.methods import GRIDS, METHODS, Method
-
-# from sdeflow.bench.page import report
-from sdeflow.bench.problem import Problem
+from sdeflow.bench.page import report
+from sdeflow.bench.problem import Problem, load
 from sdeflow.bench.results import Result, read, write
 from sdeflow.bench.runner import run
 from sdeflow.bench.suites import SUITES, Suite
@@ -23,8 +22,9 @@ __all__ = [
     "Problem",
     "Result",
     "Suite",
+    "load",
     "read",
-    #    "report",
+    "report",
     "run",
     "write",
 ]

@@ -41,7 +41,7 @@ class Case:
     """A problem, ready for any method.
 
     Raises:
-        Exception: whatever the network raises when it is called once, in float64 and in float32.
+        RuntimeError: the network fails when it is called once.
     """
 
     def __init__(self, problem: Problem, seed: int) -> None:
@@ -142,7 +142,7 @@ class Case:
         )
 
 
-def _cost(solution: Solution) -> dict[str, float]:
+def _cost(solution: Solution) -> dict[str, Any]:
     """Calls and steps a sample; the means where samples differ."""
     return {
         name: float(torch.as_tensor(getattr(solution.stats, name), dtype=torch.float64).mean())
@@ -159,19 +159,25 @@ def _in_widest_dtype(problem: Problem, seed: int) -> tuple[Model, torch.dtype]:
     """A copy of the model whose network runs in float64 if it can, else in float32.
 
     Solvers' errors fall below the rounding of a float32 network well before 50 calls.
+
+    Raises:
+        RuntimeError: the network fails in both.
     """
+    last: Exception | None = None
     for dtype in (torch.float64, torch.float32):
         model = copy.copy(problem.model)
-        if isinstance(model.net, torch.nn.Module):
-            model.net = copy.deepcopy(model.net).to(dtype).eval()
+        x = problem.start(2, seed, dtype)
         try:
-            _call(model, problem.start(2, seed, dtype))
-        except RuntimeError:  # torch's word for mixed dtypes
-            if dtype == torch.float32:
-                raise
+            if isinstance(model.net, torch.nn.Module):
+                model.net = copy.deepcopy(model.net).to("cpu", dtype).eval()
+            _call(model, x)
+        except Exception as error:
+            last = error
         else:
             return model, dtype
-    raise AssertionError
+    raise RuntimeError(
+        f"the network of {problem.name!r} failed on x of shape {tuple(x.shape)}: {type(last).__name__}: {last}"
+    ) from last
 
 
 def _best_threads(work: Callable[[], None]) -> int:

@@ -60,10 +60,16 @@ def frame(results: Sequence[Result]) -> Frame:
     if floors and 0.02 * low < min(floors) < 1.6 * low:
         low = min(floors) / 1.6
     ticks = sorted({float(r.budget) for r in results if r.budget})
+    ticks += [t for t in (20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0) if not ticks or t > 1.3 * ticks[-1]]
     span = (min(calls, default=1.0) * 0.9, max(calls, default=10.0) * 1.1)
     return Frame(
         span, ticks or [10.0, 20.0, 50.0, 100.0, 200.0], (low, high), list(dict.fromkeys(r.solver for r in results))
     )
+
+
+def colours(results: Sequence[Result]) -> dict[str, str]:
+    """The colour of each solver."""
+    return {s: COLOURS[i % len(COLOURS)] for i, s in enumerate(frame(results).solvers)}
 
 
 def records(results: Iterable[Result]) -> list[dict[str, Any]]:
@@ -80,7 +86,6 @@ def records(results: Iterable[Result]) -> list[dict[str, Any]]:
             "wall_ms": None if r.wall_seconds is None else 1000 * r.wall_seconds,
             "model_ms": None if r.model_seconds is None else 1000 * r.model_seconds,
             "best": id(r) in best or r.budget is None, "preview": r.preview,
-            "run": r.environment.get("run", ""),
         }
         for r in results
     ]  # fmt: skip
@@ -89,35 +94,43 @@ def records(results: Iterable[Result]) -> list[dict[str, Any]]:
 def interactive(results: Sequence[Result]) -> dict[str, Any]:
     """The specification of a problem's chart in the report; its data come from a source named "runs".
 
-    Signals: `grid` ("best", "all" or a name), `measure`, `hidden` (solvers), `focus` (a solver or "").
+    Signals: `grid` ("best", "all" or a name), `measure`, `hidden` (solvers), `focus` (a solver, or "").
     """
     alt = need("altair")
     shown = (
         "(grid == 'all' || datum.grid == grid || datum.grid == 'adaptive' || (grid == 'best' && datum.best))"
         " && indexof(hidden, datum.solver) < 0"
     )
-    line = "datum.solver + '/' + datum.run + (grid == 'best' ? '' : '/' + datum.grid)"
+    line = "datum.solver + (grid == 'best' ? '' : '/' + datum.grid)"
     parameters = [
         alt.param(name="grid", value=results[0].about.get("default_grid") or "best"),
         alt.param(name="measure", value=_first_measure(results)),
         alt.param(name="hidden", value=[]),
         alt.param(name="focus", value=""),
     ]
-    chart = alt.layer(
-        *_layers(alt, results, shown, line, "datum[measure]", linked=True), data=alt.NamedData(name="runs")
-    )
+    chart = alt.layer(*_layers(alt, results, shown, line, "datum[measure]", linked=True))
     chart = chart.add_params(*parameters).properties(width="container", height=400)
-    return chart.configure_view(stroke=None).to_dict(validate=False)
+    return _specification(chart.configure_view(stroke=None))
 
 
 def still(results: Sequence[Result], *, width: int = 330, height: int = 300) -> dict[str, Any]:
     """The specification of a chart with its own legend and without title and data: lines connect a
     solver's runs, so its data are runs on one grid."""
     alt = need("altair")
-    line = "datum.solver + '/' + datum.run"
     value = f"datum.{_first_measure(results)}"
-    chart = alt.layer(*_layers(alt, results, "true", line, value, linked=False))
-    return chart.properties(width=width, height=height).to_dict(validate=False)
+    chart = alt.layer(*_layers(alt, results, "true", "datum.solver", value, linked=False))
+    return _specification(chart.properties(width=width, height=height))
+
+
+def _specification(chart: Any) -> dict[str, Any]:
+    """The chart as a dictionary whose runs are the source "runs", for the caller to name or fill.
+
+    Altair copies whatever a chart holds at each step of its making, so it never sees the data; and it
+    validates longer than anything else takes, so that is left to the tests.
+    """
+    values = chart.to_dict(validate=False)
+    layers = [{k: v for k, v in layer.items() if k != "data" or v != {"name": "runs"}} for layer in values["layer"]]
+    return {**values, "data": {"name": "runs"}, "layer": layers}
 
 
 def _first_measure(results: Sequence[Result]) -> str:
@@ -143,22 +156,24 @@ def _layers(alt: Any, results: Sequence[Result], shown: str, line: str, value: s
         )  # fmt: skip
 
     legend = None if linked else alt.Legend(title=None, symbolLimit=0, labelLimit=0)
-    colours = [COLOURS[i % len(COLOURS)] for i in range(len(area.solvers))]
     shapes = [SHAPES[i % len(SHAPES)] for i in range(len(area.solvers))]
-    colour = alt.Color("solver:N", scale=alt.Scale(domain=area.solvers, range=colours), legend=legend)
+    colour = alt.Color(
+        "solver:N", scale=alt.Scale(domain=area.solvers, range=list(colours(results).values())), legend=legend
+    )
     shape = alt.Shape("solver:N", scale=alt.Scale(domain=area.solvers, range=shapes), legend=legend)
     faded = (
         alt.condition("focus == '' || focus == datum.solver", alt.value(1), alt.value(0.1)) if linked else alt.value(1)
     )
     tooltip = _tooltips(alt, kind)
     runs = (
-        alt.Chart()
+        alt.Chart(alt.NamedData(name="runs"))
         .transform_filter(shown)
         .transform_calculate(value=value, line=line)
         .transform_calculate(drawn=f"isValid(datum.value) ? max({low!r}, min(datum.value, {high!r})) : null")
+        .transform_calculate(**{"from": f"max({low!r}, datum.low)", "to": f"min({high!r}, datum.high)"})
     )
     finite = "isValid(datum.value)"
-    layers = [*_floor(alt, results, area, value if linked else None)]
+    layers = [*_floor(alt, results, area, name, value if linked else None)]
     layers.append(
         runs.transform_filter(f"{finite} && datum.status == 'ok'")
         .mark_line(strokeWidth=1.6, clip=True)
@@ -168,7 +183,7 @@ def _layers(alt: Any, results: Sequence[Result], shown: str, line: str, value: s
         layers.append(
             runs.transform_filter(f"{finite} && datum.value <= {high!r}")
             .mark_rule(strokeWidth=1.4, clip=True)
-            .encode(x=x, y=y("low"), y2="high:Q", color=colour, opacity=faded)
+            .encode(x=x, y=y("from"), y2="to:Q", color=colour, opacity=faded)
         )
     inside = f"{finite} && datum.status == 'ok' && datum.value <= {high!r}"
     above = f"{finite} && datum.status == 'ok' && datum.value > {high!r}"
@@ -190,7 +205,7 @@ def _layers(alt: Any, results: Sequence[Result], shown: str, line: str, value: s
     return layers
 
 
-def _floor(alt: Any, results: Sequence[Result], area: Frame, value: str | None) -> list[Any]:
+def _floor(alt: Any, results: Sequence[Result], area: Frame, name: str, value: str | None) -> list[Any]:
     """The floor as a dashed line with the band up to twice it; at the bottom edge when it is below the axis."""
     about = results[0].about.get("floors") or {}
     if not about:
@@ -206,16 +221,17 @@ def _floor(alt: Any, results: Sequence[Result], area: Frame, value: str | None) 
             twice=f"max({low!r}, min(2 * datum.floor, {high!r}))",
             bottom=repr(low),
             text=f"datum.floor < {low!r} ? '↓ {what}, ' + format(datum.floor, '.1e') + ', is below this axis'"
-            f" : '{what}, ' + format(datum.floor, '.1e') + '; not resolved below twice it'",
+            f" : '{what}, ' + format(datum.floor, '.1e') + ' (dashed); not resolved below twice it'",
         )
     )
     scale = alt.Scale(type="log", domain=[low, high], nice=False, clamp=True)
-    y = alt.Y("drawn:Q", scale=scale, title=None)
+    y = alt.Y("drawn:Q", scale=scale, title=name)
     return [
-        base.mark_rect(opacity=0.13, color="#888").encode(y=alt.Y("bottom:Q", scale=scale, title=None), y2="twice:Q"),
+        base.mark_rect(opacity=0.13, color="#888").encode(y=alt.Y("bottom:Q", scale=scale, title=name), y2="twice:Q"),
         base.mark_rule(strokeDash=[5, 4], color="#888", strokeWidth=1.2).encode(y=y),
-        base.mark_text(align="left", baseline="bottom", dx=4, dy=-3, color="#888", fontSize=11).encode(
-            y=y, x=alt.value(0), text="text:N"
+        # at the bottom, where no line runs into it
+        base.mark_text(align="left", baseline="bottom", dx=5, color="#888", fontSize=11).encode(
+            y=alt.value(alt.ExprRef("height - 5")), x=alt.value(0), text="text:N"
         ),
     ]
 

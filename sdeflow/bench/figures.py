@@ -8,7 +8,7 @@ from typing import Any
 
 from sdeflow.bench.charts import records, still
 from sdeflow.bench.extras import need
-from sdeflow.bench.results import Result, replace
+from sdeflow.bench.results import Result, put
 from sdeflow.bench.tables import by_problem
 
 
@@ -70,8 +70,8 @@ def _write(panels: list[tuple[list[Result], str]], stem: Path) -> list[Path]:
     }
     drawn = convert.vegalite_to_svg(figure, vl_version=vega_lite_version(alt, convert))
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png")]
-    replace(paths[0], drawn.encode())
-    replace(paths[1], convert.svg_to_png(drawn, scale=1.6))
+    put(paths[0], drawn.encode())
+    put(paths[1], convert.svg_to_png(drawn, scale=1.6))
     return paths
 
 

@@ -33,8 +33,8 @@ class Problem:
 
     Args:
         model: an `sf.Model`; its process gives the flow, the reverse SDE, the start and the end t_min.
-            A network that is a torch module is copied, put in evaluation mode and run in float64,
-            or in float32 if it refuses.
+            A network that is a torch module is copied to the CPU, put in evaluation mode and run in
+            float64, or in float32 if it refuses.
         shape: of one sample.
         name: for tables and file names.
         title: one line for the report; the name unless given.

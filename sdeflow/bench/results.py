@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from sdeflow.checkpoints import write_atomically
 
 SCHEMA = 1
 """Version of the file format; raised when a field changes its meaning."""
@@ -47,8 +48,8 @@ class Result:
         wall_seconds: of the solve. One run: compare methods by NFE, and use this for their overhead.
         model_seconds: of that, inside the network.
         preview: the first samples as a PNG data URI, or None.
-        about: of the problem: title, process, prediction, shape, reference, target, floors by measure,
-            default_grid, threads, and previews of reference and target.
+        about: of the problem: title, process, prediction, shape, default_grid, threads, and of the reference
+            or target: truth (how it was made), floors by measure, preview.
         environment: versions, machine, command and start time, see `environment`.
     """
 
@@ -87,6 +88,12 @@ class Result:
         """The error that ranks it: the median, or the sliced W2."""
         return self.median if self.kind == "trajectory" else self.sliced_w2
 
+    @property
+    def run(self) -> str:
+        """Which run it is of: version or commit, and start time."""
+        where = self.environment
+        return f"{where.get('commit') or where.get('sdeflow', 'unknown')}, {where.get('started', 'unknown')}"
+
     def line(self) -> str:
         """It as a line of JSON, without the line's end."""
         values = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
@@ -102,19 +109,13 @@ def _plain(value: Any) -> Any:
 
 def write(results: Iterable[Result], path: str | Path) -> None:
     """Results as JSON lines. The file is replaced as a whole: a reader never sees half of it."""
-    replace(path, "".join(r.line() + "\n" for r in results).encode())
+    put(path, "".join(r.line() + "\n" for r in results).encode())
 
 
-def replace(path: str | Path, content: bytes) -> None:
-    """`content` as the file `path`, atomically, its folder made if missing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def put(path: str | Path, content: bytes) -> None:
+    """`content` as the file `path`, whole or not at all, its folder made if missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
 
 
 def read(path: str | Path) -> list[Result]:
@@ -142,18 +143,19 @@ def read(path: str | Path) -> list[Result]:
 
 
 class Log:
-    """The file of a run in progress: complete whenever it is read, at most a second behind."""
+    """The file of a run in progress: complete whenever it is read, at most two seconds behind."""
 
     def __init__(self, path: Path | None) -> None:
         self.results: list[Result] = []
-        self._path, self._saved = path, 0.0
+        self._path, self._lines, self._saved = path, bytearray(), 0.0
 
     def add(self, result: Result) -> None:
         self.results.append(result)
-        if time.monotonic() - self._saved > 1.0:
+        self._lines += result.line().encode() + b"\n"
+        if time.monotonic() - self._saved > 2.0:
             self.save()
 
     def save(self) -> None:
         if self._path is not None and self.results:
-            write(self.results, self._path)
+            put(self._path, bytes(self._lines))
         self._saved = time.monotonic()

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from sdeflow.bench.extras import need
 from sdeflow.bench.problem import Problem
+from sdeflow.checkpoints import load_model
+from sdeflow.data import digits
 from sdeflow.problems import EightGaussians, Empirical, GaussianMixture
 from sdeflow.processes import EDM, VP
 
@@ -52,7 +52,7 @@ def mixture() -> Problem:
 
 def digits_exact() -> Problem:
     """The handwritten digits, each blurred by 0.2, with their exact score, under EDM."""
-    images = digits()
+    images = digits()[0].to(torch.float64)
     data = Empirical(images, bandwidth=0.2)
     return Problem(
         data.model(EDM()),
@@ -63,24 +63,23 @@ def digits_exact() -> Problem:
         centres=images,
         tolerance=1e-8,
         samples=128,
-        draws=400,
+        draws=256,
     )
 
 
 def digits_network() -> Problem:
     """The network for digits that ships with the package, under VP."""
-    import sdeflow
-
-    if not hasattr(sdeflow, "load_model"):
-        images = digits()
-        k = [images[need("sklearn.datasets").load_digits().target == c].flatten(1) for c in range(10)]
+    try:
+        model = load_model("digits")
+    except FileNotFoundError:
+        images, target = digits()
+        images = images.double()
+        k = [images[target == c].flatten(1) for c in range(10)]
         mix = GaussianMixture(
             torch.stack([v.mean(0).reshape(1, 8, 8) for v in k]),
             torch.stack([torch.cov(v.T) + 0.01 * torch.eye(64) for v in k]),
         )
         model = mix.model(VP())
-    else:
-        model = sdeflow.load_model("digits")
     return Problem(
         model,
         shape=(1, 8, 8),
@@ -91,12 +90,6 @@ def digits_network() -> Problem:
         draws=256,
         target_tolerance=1e-3,
     )
-
-
-def digits() -> Tensor:
-    """scikit-learn's handwritten digits, float64 (1797, 1, 8, 8) in [-1, 1]."""
-    images = need("sklearn.datasets").load_digits().images
-    return torch.as_tensor(images, dtype=torch.float64).unsqueeze(1) / 8 - 1
 
 
 QUICK = Suite(

@@ -128,16 +128,18 @@ def initials(grids: Iterable[str]) -> dict[str, str]:
 
 def show(results: Sequence[Result]) -> None:
     """The tables, in the terminal."""
-    rich_table, console = need("rich.table"), need("rich.console").Console()
+    rich, box, console = need("rich.table"), need("rich.box"), need("rich.console").Console()
+    # an ellipsis in a number is worse than a line that wraps
+    console.width = max(console.width, 100)
     for table in tables(results):
         short = initials(c.result.grid for row in table.rows.values() for c in row if c)
         measure = "median error" if table.kind == "trajectory" else "sliced W2"
         legend = ", ".join(f"{v} {k}" for k, v in short.items())
-        floor = "" if table.floor is None else f"; floor {table.floor:.1e}"
-        view = rich_table.Table(
+        floor = "" if table.floor is None else f"; floor {_short(table.floor)}"
+        view = rich.Table(
             title=f"{table.problem}: {measure} at each budget of model calls, at the best grid",
             caption=f"grids: {legend}; * below 2 floors, not resolved; spread {table.scale or 0:.2g}{floor}",
-            title_justify="left", caption_justify="left",
+            title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
         )  # fmt: skip
         view.add_column("solver", no_wrap=True)
         for budget in table.budgets:
@@ -146,11 +148,20 @@ def show(results: Sequence[Result]) -> None:
             view.add_row(solver, *(_text(c, short) for c in cells))
         console.print(view)
         for solver, runs in groupby(table.adaptive, key=lambda r: r.solver):
-            points = ", ".join(
-                f"{r.error:.1e} at {r.nfe:.0f} calls" if r.status == "ok" else f"failed at {r.tolerance:g}"
-                for r in runs
-            )
-            console.print(f"  {solver}: {points}", highlight=False)
+            console.print(f"{solver}: {', '.join(map(_point, runs))}", highlight=False)
+        console.print()
+
+
+def _point(result: Result) -> str:
+    if result.status != "ok" or result.error is None:
+        return f"failed at tolerance {result.tolerance:g}"
+    return f"{_short(result.error)} with {result.nfe:.0f} calls"
+
+
+def _short(value: float) -> str:
+    """Two digits, the exponent without its zero: 7.9e-3."""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def _text(cell: Cell | None, short: dict[str, str]) -> str:
@@ -159,5 +170,5 @@ def _text(cell: Cell | None, short: dict[str, str]) -> str:
     if cell.result.status != "ok" or cell.result.error is None:
         return "[red]failed[/red]"
     grid = "-" if cell.result.steps == 1 else short[cell.result.grid]  # one step is the same on all grids
-    text = f"{cell.result.error:.1e}{'' if cell.result.resolved else '*'} {grid}"
+    text = f"{_short(cell.result.error)}{'' if cell.result.resolved else '*'} {grid}"
     return f"[bold green]{text}[/bold green]" if cell.first else text

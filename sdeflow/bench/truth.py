@@ -17,6 +17,7 @@ from sdeflow.solvers import RK45
 
 MEASURES = ("median", "q90", "rms")
 _MAX_STEPS = 50_000
+_DIRECTIONS = 64
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Target:
         values = {"samples": solution.x.shape[0], "floor": self.floors["sliced_w2"]}
         if self.failed(solution):
             return values
-        distance = sliced_w2(solution.x.to(torch.float64), self.x)
+        distance = sliced_w2(solution.x.to(torch.float64), self.x, projections=_DIRECTIONS)
         resolved = not distance.value < 2 * self.floors["sliced_w2"]
         return values | {
             "sliced_w2": distance.value,
@@ -145,7 +146,7 @@ def target_of(problem: Problem, flow: ReverseSDE, start: Tensor, seed: int) -> T
             raise RuntimeError(f"the target of {problem.name!r} failed: {ends.failures()}")
         x, other = ends.x.to(torch.float64).chunk(2)
         text = f"the model's own probability flow (RK45 at rtol = atol = {tolerance:g}), not draws of data"
-    return Target(start, x, {"sliced_w2": sliced_w2(other, x).value}, text)
+    return Target(start, x, {"sliced_w2": sliced_w2(other, x, projections=_DIRECTIONS).value}, text)
 
 
 def spread(x: Tensor) -> float:

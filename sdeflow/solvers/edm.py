@@ -87,6 +87,7 @@ class EDMSampler(LinearSolver):
             weights=weights[keep],
             noise=torch.zeros(step.numel(), dtype=torch.float64),
             process=repr(process),
+            eta=repr(semilinear(self.name, problem).eta),
             kick_ratio=process.alpha(start) / alpha[:-1],
             kick_noise=kick,
         )

@@ -27,10 +27,11 @@ class EulerMaruyama(LinearSolver):
 
     def plan(self, problem: Problem, grid: Tensor) -> Plan:
         h, steps = torch.diff(grid), grid.numel() - 1
-        scale, kind = torch.zeros(steps, dtype=torch.float64), "unit"
+        scale, kind, made_for = torch.zeros(steps, dtype=torch.float64), "unit", None
         if isinstance(problem, SDE) and problem.stochastic:
             g = problem.scalar_diffusion(grid[:-1])
             kind = "unit" if g is not None else "diffusion"
+            made_for = getattr(problem, "process", problem) if g is not None else None
             scale = h.abs().sqrt() * (1.0 if g is None else g)
         return Plan(
             name=self.name,
@@ -42,4 +43,6 @@ class EulerMaruyama(LinearSolver):
             weights=h[:, None].clone(),
             noise=scale,
             noise_kind=kind,  # type: ignore[arg-type]
+            process=None if made_for is None else repr(made_for),
+            eta=None if made_for is None else repr(getattr(problem, "eta", None)),
         )

@@ -128,6 +128,7 @@ class ExponentialMultistep(LinearSolver):
             weights=weights,
             noise=torch.where(ends_step, std, torch.zeros_like(std)),
             process=repr(reverse.process),
+            eta=repr(semilinear(self.name, problem).eta),
         )
 
     def _weights(self, reverse: ReverseSDE, t0: Tensor, t1: Tensor, nodes: Tensor, used: Tensor) -> Tensor:
@@ -409,4 +410,5 @@ class DDIM(LinearSolver):
             weights=(alpha[1:] - alpha[:-1] * ratio)[:, None],
             noise=self.eta * sigma[1:] * torch.sqrt(fresh) if self.eta else zero,
             process=repr(process),
+            eta=repr(reverse.eta),
         )

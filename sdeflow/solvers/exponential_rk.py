@@ -162,6 +162,7 @@ class ExponentialRK(LinearSolver):
             weights=torch.cat(weights),
             noise=torch.zeros(step.numel(), dtype=torch.float64),
             process=repr(process),
+            eta=repr(semilinear(self.name, problem).eta),
         )
 
 

@@ -101,6 +101,7 @@ class GaussianSplit(Solver):
             weights=weights,
             noise=std,
             process=repr(process),
+            eta=repr(reverse.eta),
             shift=torch.as_tensor(self.mean, dtype=torch.float64),
             shift_weight=alpha[1:] - ratio * alpha[:-1] - weights.sum(1),
         )

@@ -67,6 +67,7 @@ class InVariable(LinearSolver):
             ratio=inner.ratio * reached / base,
             weights=inner.weights * reached[:, None],
             process=repr(process),
+            eta=repr(semilinear(self.name, problem).eta),
         )
 
 

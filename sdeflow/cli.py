@@ -1,0 +1,96 @@
+"""The command line: `app` is the entry point `sdeflow`, each command a function registered on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+from sdeflow.checkpoints import save_model, write_atomically
+from sdeflow.data import DATASETS
+from sdeflow.solvers import CATALOGUE
+from sdeflow.training import train, untrained
+
+try:
+    import typer
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(f'the command line needs its extra: pip install "sdeflow[cli]" ({error})') from error
+
+from sdeflow.bench.cli import bench_command, report_command
+
+app = typer.Typer(
+    help="SDE and ODE solvers with a diffusion front end.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def main() -> None:
+    """SDE and ODE solvers with a diffusion front end."""
+
+
+@app.command("train", epilog="Example: sdeflow train digits --out runs/digits")
+def train_command(
+    data: Annotated[str, typer.Argument(help=f"What to train on: {', '.join(DATASETS)}.")],
+    out: Annotated[Path, typer.Option(help="Folder for model.safetensors and train.jsonl.", file_okay=False)],
+    steps: Annotated[int, typer.Option(help="Number of batches.", min=1)] = 10_000,
+    batch: Annotated[int, typer.Option(help="Samples a batch.", min=1)] = 256,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Of the first weights, the batches, times and noise.")] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; one is best for the small default network.", min=1)] = 1,
+) -> None:
+    """Train a small network on DATA and write it to the folder OUT.
+
+    The same command on the same machine gives the same weights.
+    """
+    if data not in DATASETS:
+        raise typer.BadParameter(f"unknown data {data!r}: expected one of {', '.join(DATASETS)}", param_hint="DATA")
+    command = (
+        f"sdeflow train {data} --out DIR --steps {steps} --batch {batch} --lr {lr:g} --seed {seed} --threads {threads}"
+    )
+    torch.set_num_threads(threads)
+    try:
+        images, _ = DATASETS[data]()
+        out.mkdir(parents=True, exist_ok=True)
+        model = untrained(tuple(images.shape[1:]), seed=seed)
+        model, history = train(model, images, steps=steps, batch=batch, lr=lr, seed=seed, progress=True)
+        rows = "".join(json.dumps(row) + "\n" for row in history)
+        write_atomically(out / "train.jsonl", rows.encode())
+        save_model(out / "model.safetensors", model, command=command, data=data, seed=seed, loss=history[-1]["loss"])
+    except (ArithmeticError, ImportError, OSError, ValueError) as error:
+        raise SystemExit(f"sdeflow train: {error}") from error
+    print(f"loss {history[-1]['loss']:.4f} after {steps} steps; wrote {out / 'model.safetensors'}")
+
+
+@app.command("solvers", epilog="Example: sdeflow solvers --json")
+def solvers_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the solvers: orders, model calls a step, and where they come from."""
+    if as_json:
+        columns = [field.name for field in dataclasses.fields(CATALOGUE[0]) if field.name != "make"]
+        print(json.dumps([{name: getattr(row, name) for name in columns} for row in CATALOGUE], indent=2))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("solver", no_wrap=True)
+    for name in ("order", "strong", "weak", "NFE/step", "view", "reference"):
+        table.add_column(name)
+    for row in CATALOGUE:
+        numbers = ("" if value is None else str(value) for value in (row.order, row.strong_order, row.weak_order))
+        kind = f"{row.view}, adaptive" if row.adaptive else row.view
+        table.add_row(row.name, *numbers, str(row.nfe_per_step), kind, row.reference)
+    Console().print(table)
+
+
+app.command("bench", epilog="Example: sdeflow bench --suite quick --out results/quick")(bench_command)
+app.command("report", epilog="Example: sdeflow report a/results.jsonl b/results.jsonl --out compared.html")(
+    report_command
+)
