@@ -66,14 +66,14 @@ class ExponentialMultistep(LinearSolver):
 
     order: int = 2
     prediction: Literal["x0", "eps"] = "x0"
-    coordinate: Coordinate = "lam"
-    corrector: int = 0
     multistep: bool = True
     start: Literal["ramp", "singlestep"] = "ramp"
     lower_order_final: bool = False
+    eta: float | None = None
+    coordinate: Coordinate = "lam"
+    corrector: int = 0
     final_orders: tuple[int, ...] = ()
     second: Second = "exact"
-    eta: float | None = None
     name: str = "ExponentialMultistep"
     view: View = "transition"
 

@@ -37,6 +37,11 @@ class RungeKutta(LinearSolver):
     def pair(self) -> RungeKuttaPair | None:
         return None if self.tableau.b_error is None else RungeKuttaPair(self.tableau)
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether it has an error estimate, for solving to a tolerance."""
+        return self.pair is not None
+
     def __repr__(self) -> str:
         return f"{self.name}()"
 
