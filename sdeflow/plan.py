@@ -10,6 +10,7 @@ y is where the next row evaluates; after the last row of a step it is the new st
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -235,6 +236,38 @@ def corrected_weights(ratio: Tensor, predict: Tensor, correct: Tensor) -> Tensor
     change[:, 1 : predict.shape[1] + 1] -= predict[:-1]
     weights[1:] += ratio[1:, None] * change
     return weights
+
+
+def spliced(head: Plan, tail: Plan, steps: int) -> Plan:
+    """The first `steps` steps of `head`, then `tail`, one call a step, with its history moved past head's stages.
+
+    Both are of the same grid and target; every step of `head` begins with an evaluation at its start.
+    """
+    if steps == 0:
+        return tail
+    own = head.step_of_row < steps
+    rest = tail.step_of_row >= steps
+    first = torch.cat([torch.ones(1, dtype=torch.bool), torch.diff(head.step_of_row[own]) > 0])
+    # the row that evaluates at the start of each step
+    row_of = torch.cat([torch.nonzero(first).flatten(), int(own.sum()) + torch.arange(int(rest.sum()))])
+    weights = torch.zeros(row_of.numel() - steps + int(own.sum()), int(row_of[-1]) + 1, dtype=torch.float64)
+    weights[: int(own.sum()), : head.weights.shape[1]] = head.weights[own]
+    for n in range(steps, tail.steps):
+        for age in torch.nonzero(tail.weights[n]).flatten().tolist():
+            weights[row_of[n], row_of[n] - row_of[n - age]] = tail.weights[n, age]
+    history = int(torch.nonzero((weights != 0).any(0)).max()) + 1
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(head, name)[own], getattr(tail, name)[rest]])
+
+    return dataclasses.replace(
+        tail,
+        times=joined("times"),
+        step_of_row=joined("step_of_row"),
+        ratio=joined("ratio"),
+        weights=weights[:, :history].clone(),
+        noise=joined("noise"),
+    )
 
 
 class PlanRun:

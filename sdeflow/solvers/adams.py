@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdeflow.plan import Plan, corrected_weights
+from sdeflow.plan import Plan, corrected_weights, spliced
 from sdeflow.quadrature import gauss_legendre
 from sdeflow.sde import Problem
 from sdeflow.solvers import tableaus
@@ -75,7 +75,7 @@ class Adams(LinearSolver):
             weights=weights,
             noise=torch.zeros(steps, dtype=torch.float64),
         )
-        return multistep if ready == 0 else _started(multistep, RungeKutta(tableaus.RK4).plan(problem, grid), ready)
+        return spliced(RungeKutta(tableaus.RK4).plan(problem, grid), multistep, ready)
 
 
 def _past(ends: Tensor, count: int) -> Tensor:
@@ -109,32 +109,6 @@ def lagrange_basis(at: Tensor, nodes: Tensor, used: Tensor) -> list[Tensor]:
                 value = torch.where((used[:, i] & used[:, j])[:, None], value * factor, value)
         basis.append(torch.where(used[:, j, None], value, 0.0))
     return basis
-
-
-def _started(multistep: Plan, single: Plan, ready: int) -> Plan:
-    """The first `ready` steps of `single`, then `multistep`, whose weights move past the stages between its slopes."""
-    stages = single.nfe // single.steps
-    head = ready * stages
-    # the row of the slope at the start of step n
-    row_of = torch.cat([torch.arange(ready) * stages, head + torch.arange(multistep.steps - ready)])
-    rows = head + multistep.steps - ready
-    history = max(single.weights.shape[1], (multistep.weights.shape[1] - 1) * stages + 1)
-    weights = torch.zeros(rows, history, dtype=torch.float64)
-    weights[:head, : single.weights.shape[1]] = single.weights[:head]
-    for n in range(ready, multistep.steps):
-        for j, w in enumerate(multistep.weights[n].tolist()):
-            if w != 0.0:
-                weights[row_of[n], row_of[n] - row_of[n - j]] = w
-    return Plan(
-        name=multistep.name,
-        target=multistep.target,
-        grid=multistep.grid,
-        times=torch.cat([single.times[:head], multistep.times[ready:]]),
-        step_of_row=torch.cat([single.step_of_row[:head], multistep.step_of_row[ready:]]),
-        ratio=torch.ones(rows, dtype=torch.float64),
-        weights=weights[:, : int((weights != 0).any(0).nonzero().max()) + 1],
-        noise=torch.zeros(rows, dtype=torch.float64),
-    )
 
 
 def AdamsBashforth(order: int = 4, *, start: Literal["ramp", "runge-kutta"] = "ramp") -> Adams:

@@ -4,8 +4,6 @@
 are the method's, 12 is the drift at the result, 13 to 15 serve dense output only.
 """
 
-# ruff: noqa: E501
-
 NODES = (
     0.0,
     0.05260015195876773,

@@ -15,24 +15,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdeflow.plan import Plan, corrected_weights
+from sdeflow.plan import Plan, corrected_weights, spliced
 from sdeflow.quadrature import gauss_legendre
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sde import Problem
 from sdeflow.solvers.adams import lagrange_basis
 from sdeflow.solvers.base import LinearSolver, View, semilinear
+from sdeflow.solvers.exponential_rk import ExponentialRK
 
 Coordinate = Literal["lam", "t", "rho"]
 Second = Literal["exact", "bh1", "bh2"]
-
-_STAGES: dict[int, tuple[tuple[float, ...], tuple[tuple[int, ...], ...]]] = {
-    1: ((0.0,), ((0,),)),
-    2: ((0.0, 1 / 2), ((0,), (0, 1))),
-    3: ((0.0, 1 / 3, 2 / 3), ((0,), (0, 1), (0, 2))),
-}
-"""Of a single step: positions of its evaluations in lam, and which of the newest ones each row interpolates.
-
-(Lu et al. 2022, DPM-Solver, algorithms 1 and 2: r1 = 1/2; r1 = 1/3, r2 = 2/3.)"""
 
 _REACH, _POINTS = 40.0, 32
 """The kernel exp(-u) is integrated over u < 40, below which lies all but 4e-18 of it."""
@@ -52,12 +44,11 @@ class ExponentialMultistep(LinearSolver):
         coordinate: in what the interpolant is a polynomial: "lam", "t", or "rho" = sigma/alpha.
         corrector: past evaluations of a corrector that also takes the new one; 0 for none. It corrects each
             step when the next one evaluates, at no further call; the last step is predicted only.
-        multistep: False makes every step a single step of `order` calls (order <= 3; needs eta = 0).
-        start: "ramp" begins with orders 1, 2, ..., one call a step; "singlestep" begins with one
-            single step of full order (order - 1 calls more; order <= 3), which keeps the order as steps
-            shrink; needs eta = 0.
+        start: "ramp" begins with orders 1, 2, ..., one call a step, which caps the order at 2 as steps shrink (the
+            first steps matter little where the data prediction hardly moves); "singlestep" makes the first order - 1
+            steps with the exponential Runge-Kutta method of that order (`ExponentialRK`), which keeps it;
+            needs eta = 0.
         lower_order_final: end with orders ..., 2, 1, for stability when the last steps are long.
-        final_orders: orders of the last steps, instead.
         second: how two evaluations are combined. "exact" integrates their line; "bh1" and "bh2" are UniPC's
             hard-wired 1/2 B(h) times the difference quotient, B = h and B = e^h - 1 (bh2 is also the
             midpoint form of DPM-Solver++(2M)). All are of order 2.
@@ -66,13 +57,11 @@ class ExponentialMultistep(LinearSolver):
 
     order: int = 2
     prediction: Literal["x0", "eps"] = "x0"
-    multistep: bool = True
     start: Literal["ramp", "singlestep"] = "ramp"
     lower_order_final: bool = False
     eta: float | None = None
     coordinate: Coordinate = "lam"
     corrector: int = 0
-    final_orders: tuple[int, ...] = ()
     second: Second = "exact"
     name: str = "ExponentialMultistep"
     view: View = "transition"
@@ -82,10 +71,6 @@ class ExponentialMultistep(LinearSolver):
             if getattr(self, field) not in choices or isinstance(getattr(self, field), bool):
                 wanted = ", ".join(map(repr, choices))
                 raise ValueError(f"{self.name}: expected {field} one of {wanted}, got {getattr(self, field)!r}")
-        if self._single_steps and self.order not in _STAGES:
-            raise ValueError(f"{self.name}: single steps have order 1 to 3, got {self.order}")
-        if self.corrector and self._single_steps:
-            raise ValueError(f"{self.name}: a corrector goes with multistep=True and start='ramp'")
 
     def check(self, problem: Problem) -> None:
         reverse = semilinear(self.name, problem)
@@ -94,90 +79,58 @@ class ExponentialMultistep(LinearSolver):
                 f"{self.name} brings its own eta = {self.eta:g}: expected a problem of eta 0 or {self.eta:g}, "
                 f"got {reverse.eta!r}"
             )
-        if self._single_steps and self.draws_noise(problem):
-            raise ValueError(
-                f"{self.name}: single steps are for the flow (eta = 0); with noise use multistep=True and start='ramp'"
-            )
+        if self.start == "singlestep" and self.draws_noise(problem):
+            raise ValueError(f"{self.name}: start='singlestep' is for the flow (eta = 0); with noise use start='ramp'")
 
     def draws_noise(self, problem: Problem) -> bool:
         return problem.stochastic if self.eta is None else self.eta != 0
-
-    @property
-    def _single_steps(self) -> bool:
-        return self.order > 1 and (not self.multistep or self.start == "singlestep")
 
     def plan(self, problem: Problem, grid: Tensor) -> Plan:
         reverse = semilinear(self.name, problem)
         if self.eta is not None:
             reverse = reverse.process.reverse(reverse.model, self.eta)
-        layout = self._layout(reverse, grid)
-        base, target = grid[layout.step], layout.target
-        ratio, _, _, std = reverse.transition(base, target, self.prediction)
-        weights = self._weights(reverse, base, target, _back(layout.times, layout.used.shape[1]), layout.used)
-        if self.corrector and grid.numel() > 2:
-            weights = self._corrected(reverse, grid, ratio, weights)
-        ends_step = torch.cat([torch.diff(layout.step) > 0, torch.ones(1, dtype=torch.bool)])
-        return Plan(
+        steps = grid.numel() - 1
+        ratio, _, _, std = reverse.transition(grid[:-1], grid[1:], self.prediction)
+        left = steps - torch.arange(steps)
+        count = torch.clamp(torch.arange(steps) + 1, max=self.order)
+        count = torch.minimum(count, left) if self.lower_order_final else count
+        used = torch.arange(self.order) < count[:, None]
+        weights = self._weights(reverse, grid[:-1], grid[1:], _back(grid[:-1], self.order), used)
+        ready = min(self.order - 1, steps) if self.start == "singlestep" else 0
+        if self.corrector and steps > 1:
+            weights = self._corrected(reverse, grid, ratio, weights, ready)
+        multistep = Plan(
             name=self.name,
             view="transition",
             target=self.prediction,
             grid=grid,
-            times=layout.times,
-            step_of_row=layout.step,
+            times=grid[:-1].clone(),
+            step_of_row=torch.arange(steps),
             ratio=ratio,
             weights=weights,
-            noise=torch.where(ends_step, std, torch.zeros_like(std)),
+            noise=std,
             process=repr(reverse.process),
             eta=repr(semilinear(self.name, problem).eta),
         )
+        if ready == 0:
+            return multistep
+        return spliced(ExponentialRK(self.order, self.prediction, self.name).plan(problem, grid), multistep, ready)
 
     def _weights(self, reverse: ReverseSDE, t0: Tensor, t1: Tensor, nodes: Tensor, used: Tensor) -> Tensor:
         return interpolation_weights(reverse, t0, t1, nodes, used, self.prediction, self.coordinate, self.second)
 
-    def _corrected(self, reverse: ReverseSDE, grid: Tensor, ratio: Tensor, predict: Tensor) -> Tensor:
-        """The weights with the correction of each step entered in the next; see `corrected_weights`."""
-        steps = grid.numel() - 1
-        past = min(self.corrector, steps)
+    def _corrected(self, reverse: ReverseSDE, grid: Tensor, ratio: Tensor, predict: Tensor, ready: int) -> Tensor:
+        """The weights with the correction of each step after the first `ready` entered in the next step's."""
+        past = min(self.corrector, grid.numel() - 1)
         nodes = torch.cat([grid[1:-1, None], _back(grid[:-2], past)], dim=1)
-        count = torch.clamp(torch.arange(steps - 1) + 1, max=past)
+        count = torch.clamp(torch.arange(grid.numel() - 2) + 1, max=past)
         used = torch.arange(past + 1) <= count[:, None]
-        return corrected_weights(ratio, predict, self._weights(reverse, grid[:-2], grid[1:-1], nodes, used))
-
-    def _layout(self, reverse: ReverseSDE, grid: Tensor) -> _Layout:
-        """When each row evaluates, where its combination leads, and which of the newest evaluations it takes."""
-        process, steps = reverse.gaussian, grid.numel() - 1
-        lam = process.lam(grid)
-        single = range(steps) if not self.multistep else range(1 if self._single_steps else 0)
-        orders = self.final_orders or (range(self.order, 0, -1) if self.lower_order_final else ())
-        finals = {len(orders) - n: order for n, order in enumerate(orders)}  # by steps left
-        times: list[Tensor] = []
-        targets: list[Tensor] = []
-        step: list[int] = []
-        ages: list[tuple[int, ...]] = []
-        for i in range(steps):
-            final = finals.get(steps - i, self.order)
-            if i not in single:
-                times.append(grid[i])
-                targets.append(grid[i + 1])
-                ages.append(tuple(range(min(self.order, len(times), final))))
-                step.append(i)
-                continue
-            stages, rows = _STAGES[min(self.order, final)]
-            if len(stages) > 1 and not bool(torch.isfinite(lam[i : i + 2]).all()):
-                raise ValueError(
-                    f"{self.name}: a single step of order {len(stages)} needs a finite lam at both ends; "
-                    f"lam is {float(lam[i]):g} and {float(lam[i + 1]):g} on step {i}"
-                )
-            inner = [process.time_of_lam(lam[i] + r * (lam[i + 1] - lam[i])) for r in stages[1:]]
-            points = [grid[i], *inner, grid[i + 1]]
-            times += points[:-1]
-            targets += points[1:]
-            ages += rows
-            step += [i] * len(stages)
-        used = torch.zeros(len(times), max(max(row) for row in ages) + 1, dtype=torch.bool)
-        for k, row in enumerate(ages):
-            used[k, list(row)] = True
-        return _Layout(torch.stack(times), torch.stack(targets), torch.tensor(step), used)
+        correct = self._weights(reverse, grid[:-2], grid[1:-1], nodes, used)
+        width = max(correct.shape[1], predict.shape[1] + 1)
+        correct = torch.nn.functional.pad(correct, (0, width - correct.shape[1]))
+        correct[:ready, 0] = 0.0
+        correct[:ready, 1 : predict.shape[1] + 1] = predict[:ready]
+        return corrected_weights(ratio, predict, correct)
 
 
 _CHOICES: dict[str, tuple[object, ...]] = {
@@ -188,14 +141,6 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "start": ("ramp", "singlestep"),
     "second": ("exact", "bh1", "bh2"),
 }
-
-
-@dataclass(frozen=True)
-class _Layout:
-    times: Tensor
-    target: Tensor
-    step: Tensor
-    used: Tensor
 
 
 def _back(times: Tensor, count: int) -> Tensor:
@@ -283,28 +228,13 @@ def DPMSolver(
     *,
     start: Literal["ramp", "singlestep"] = "ramp",
     lower_order_final: bool = False,
-    second: Second = "exact",
-) -> ExponentialMultistep:
+    second: Literal["exact", "bh1", "bh2", "midpoint"] = "exact",
+) -> ExponentialMultistep | ExponentialRK:
     """DPM-Solver of order 1 to 3 in noise prediction, single steps unless `multistep` (Lu et al. 2022, DPM-Solver).
 
-    Arguments as in `ExponentialMultistep`.
+    Arguments as in `ExponentialMultistep`, and in `ExponentialRK` for single steps.
     """
-    return ExponentialMultistep(
-        order=order, prediction="eps", multistep=multistep, start=start, second=second,
-        lower_order_final=lower_order_final, name=f"DPMSolver({order}{'M' if multistep else 'S'})",
-    )  # fmt: skip
-
-
-def DPMSolverFast(nfe: int) -> ExponentialMultistep:
-    """DPM-Solver-fast: single steps of order 3 and one or two of lower order, `nfe` calls in `nfe // 3 + 1` steps.
-
-    (Lu et al. 2022, DPM-Solver, section 3.4.) Solve with `steps = nfe // 3 + 1`.
-    """
-    if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 3:
-        raise ValueError(f"DPMSolverFast: expected nfe >= 3, got {nfe!r}")
-    return ExponentialMultistep(
-        order=3, prediction="eps", multistep=False, final_orders=((2, 1), (1,), (2,))[nfe % 3], name="DPMSolverFast"
-    )
+    return _dpm_solver("DPMSolver", "eps", order, multistep, start, lower_order_final, second)
 
 
 def DPMSolverPP(
@@ -313,17 +243,46 @@ def DPMSolverPP(
     *,
     start: Literal["ramp", "singlestep"] = "ramp",
     lower_order_final: bool = False,
-    second: Second = "exact",
-) -> ExponentialMultistep:
-    """DPM-Solver++ of order 1 to 3 in data prediction; reads the problem's eta (SDE-DPM-Solver++ for 1).
+    second: Literal["exact", "bh1", "bh2", "midpoint"] = "exact",
+) -> ExponentialMultistep | ExponentialRK:
+    """DPM-Solver++ of order 1 to 3 in data prediction; multistep, it reads the problem's eta.
 
-    (Lu et al. 2022, DPM-Solver++; `second="bh2"` is its 2M and 2S as published.) Arguments as in
-    `ExponentialMultistep`.
+    (Lu et al. 2022, DPM-Solver++; eta = 1 is SDE-DPM-Solver++. `second="midpoint"` is its 2M and 2S as published.)
+    Arguments as in `ExponentialMultistep`, and in `ExponentialRK` for single steps, which are for the flow.
     """
-    return ExponentialMultistep(
-        order=order, prediction="x0", multistep=multistep, start=start, second=second,
-        lower_order_final=lower_order_final, name=f"DPMSolverPP({order}{'M' if multistep else 'S'})",
-    )  # fmt: skip
+    return _dpm_solver("DPMSolverPP", "x0", order, multistep, start, lower_order_final, second)
+
+
+def _dpm_solver(
+    name: str,
+    prediction: Literal["x0", "eps"],
+    order: int,
+    multistep: bool,
+    start: Literal["ramp", "singlestep"],
+    lower_order_final: bool,
+    second: Literal["exact", "bh1", "bh2", "midpoint"],
+) -> ExponentialMultistep | ExponentialRK:
+    if isinstance(order, bool) or order not in (1, 2, 3):
+        raise ValueError(f"{name}: expected order 1, 2 or 3, got {order!r}")
+    label = f"{name}({order}{'M' if multistep else 'S'})"
+    if multistep:
+        return ExponentialMultistep(
+            order, prediction, start, lower_order_final, second="bh2" if second == "midpoint" else second, name=label
+        )
+    if start != "ramp" or second in ("bh1", "bh2"):
+        raise ValueError(f"{label}: single steps take no start, and second as 'exact' or 'midpoint'")
+    finals = tuple(range(order, 0, -1)) if lower_order_final else ()
+    return ExponentialRK(order, prediction, label, "midpoint" if second == "midpoint" else "exact", finals)
+
+
+def DPMSolverFast(nfe: int) -> ExponentialRK:
+    """DPM-Solver-fast: single steps of order 3 and one or two of lower order, `nfe` calls in `nfe // 3 + 1` steps.
+
+    (Lu et al. 2022, DPM-Solver, section 3.4.) Solve with `steps = nfe // 3 + 1`.
+    """
+    if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 3:
+        raise ValueError(f"DPMSolverFast: expected nfe >= 3, got {nfe!r}")
+    return ExponentialRK(3, "eps", "DPMSolverFast", final_orders=((2, 1), (1,), (2,))[nfe % 3])
 
 
 def DEIS(order: int = 3, *, coordinate: Coordinate = "t", lower_order_final: bool = False) -> ExponentialMultistep:

@@ -8,6 +8,7 @@ section 2.3); in diffusion: DPM-Solver-2 and -3, RES (Zhang et al. 2023, Improve
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -41,6 +42,12 @@ class ExponentialTableau:
 
 
 _HALF, _FIRST, _SECOND = 1 / 2, 1 / 3, 2 / 3
+
+MIDPOINT = ExponentialTableau(
+    2, (0.0, _HALF), ({0: ((_HALF, 1, _HALF),)},), {1: ((1, 1, 1),)}, {0: ((1, 1, 1),)},
+    "Lu et al. 2022, DPM-Solver, algorithm 1 (DPM-Solver-2); DPM-Solver++, algorithm 1 (2S)",
+)  # fmt: skip
+"""DPM-Solver-2 as published: the midpoint's evaluation alone; of order 2, without the stiff order condition."""
 
 TABLEAUS = {
     1: ExponentialTableau(
@@ -98,18 +105,26 @@ class ExponentialRK(LinearSolver):
         order: 1 to 4.
         prediction: "x0" (DPM-Solver++-like) or "eps" (DPM-Solver-like).
         label: a name of its own for tables.
+        second: for order 2, "exact" (the stiff order condition holds) or "midpoint" (DPM-Solver-2 as published).
+        final_orders: orders of the last steps on a grid, if they are not `order`.
     """
 
     order: int = 2
     prediction: Literal["x0", "eps"] = "x0"
     label: str = ""
+    second: Literal["exact", "midpoint"] = "exact"
+    final_orders: tuple[int, ...] = ()
     view: View = "transition"
 
     def __post_init__(self) -> None:
         if isinstance(self.order, bool) or self.order not in TABLEAUS:
-            raise ValueError(f"ExponentialRK: expected order 1 to 4, got {self.order!r}")
+            raise ValueError(f"{self.name}: expected order 1 to 4, got {self.order!r}")
         if self.prediction not in ("x0", "eps"):
-            raise ValueError(f'ExponentialRK: expected prediction "x0" or "eps", got {self.prediction!r}')
+            raise ValueError(f'{self.name}: expected prediction "x0" or "eps", got {self.prediction!r}')
+        if self.second not in ("exact", "midpoint"):
+            raise ValueError(f'{self.name}: expected second "exact" or "midpoint", got {self.second!r}')
+        if any(order not in TABLEAUS for order in self.final_orders):
+            raise ValueError(f"{self.name}: expected final_orders from 1 to 4, got {self.final_orders!r}")
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -118,7 +133,10 @@ class ExponentialRK(LinearSolver):
     @property
     def tableau(self) -> ExponentialTableau:
         """The method's coefficients."""
-        return TABLEAUS[self.order]
+        return self._table(self.order)
+
+    def _table(self, order: int) -> ExponentialTableau:
+        return MIDPOINT if order == 2 and self.second == "midpoint" else TABLEAUS[order]
 
     @property
     def pair(self) -> ExponentialPair | None:
@@ -136,40 +154,52 @@ class ExponentialRK(LinearSolver):
             raise ValueError(
                 f"{self.name}: expected alpha > 0 and sigma > 0 before the last time, got lam {lam.tolist()}"
             )
-        whole = grid[:-1] if last else grid
-        pieces = [_rows(TABLEAUS[self.order], process, whole, self.prediction)] if whole.numel() > 1 else []
+        steps = grid.numel() - 1
+        orders = [self.order] * steps
+        for left, order in enumerate(reversed(self.final_orders[-steps:])):
+            orders[steps - 1 - left] = order
+        pieces: list[_Rows] = []
+        for order, run in itertools.groupby(range(steps - last), key=orders.__getitem__):
+            inside = list(run)
+            pieces.append(_rows(self._table(order), process, grid[inside[0] : inside[-1] + 2], self.prediction))
         if last:
             pieces.append(_last_row(process, grid[-2:], self.prediction))
-        times, targets, steps, weights = [], [], [], []
-        done = 0
-        for t, to, step, w in pieces:
-            times.append(t)
-            targets.append(to)
-            steps.append(step + done)
-            weights.append(torch.nn.functional.pad(w, (0, len(self.tableau.c) - w.shape[1])))
-            done += int(step[-1]) + 1
-        step = torch.cat(steps)
-        target, start = torch.cat(targets), grid[step]
+        history = max(piece.weights.shape[1] for piece in pieces)
+        starts = torch.tensor([0] + [piece.steps for piece in pieces[:-1]]).cumsum(0).tolist()
+        step = torch.cat([piece.step + start for piece, start in zip(pieces, starts, strict=True)])
+        target, start = torch.cat([piece.targets for piece in pieces]), grid[step]
         scale = process.alpha if self.prediction == "eps" else process.sigma
         return Plan(
             name=self.name,
             view="transition",
             target=self.prediction,
             grid=grid,
-            times=torch.cat(times),
+            times=torch.cat([piece.times for piece in pieces]),
             step_of_row=step,
             ratio=scale(target) / scale(start),
-            weights=torch.cat(weights),
+            weights=torch.cat([torch.nn.functional.pad(p.weights, (0, history - p.weights.shape[1])) for p in pieces]),
             noise=torch.zeros(step.numel(), dtype=torch.float64),
             process=repr(process),
             eta=repr(semilinear(self.name, problem).eta),
         )
 
 
-def _rows(
-    table: ExponentialTableau, process: GaussianSDE, grid: Tensor, prediction: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(evaluation times, times led to, steps, weights newest first) of every row on a grid of finite lam."""
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a run of steps: when each evaluates, the time it leads to, its step, its weights, newest first."""
+
+    times: Tensor
+    targets: Tensor
+    step: Tensor
+    weights: Tensor
+
+    @property
+    def steps(self) -> int:
+        return int(self.step[-1]) + 1
+
+
+def _rows(table: ExponentialTableau, process: GaussianSDE, grid: Tensor, prediction: str) -> _Rows:
+    """Every row on a grid of finite lam."""
     lam, steps, stages = process.lam(grid), grid.numel() - 1, len(table.c)
     h = torch.diff(lam)
     c = torch.tensor(table.c, dtype=torch.float64)
@@ -181,18 +211,17 @@ def _rows(
     for i, row in enumerate([*table.a, table.b]):
         for j, w in _weights(row, process, targets[:, i], h, prediction).items():
             weights[:, i, i - j] = w
-    return (
-        times.flatten(), targets.flatten(), torch.arange(steps).repeat_interleave(stages), weights.flatten(0, 1),
-    )  # fmt: skip
+    step = torch.arange(steps).repeat_interleave(stages)
+    return _Rows(times.flatten(), targets.flatten(), step, weights.flatten(0, 1))
 
 
-def _last_row(process: GaussianSDE, ends: Tensor, prediction: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _last_row(process: GaussianSDE, ends: Tensor, prediction: str) -> _Rows:
     """Exponential Euler to sigma = 0: x = alpha x_0, or the same by eps."""
     start, end = ends
     weight = process.alpha(end)
     if prediction == "eps":
         weight = -weight * process.sigma(start) / process.alpha(start)
-    return start[None], end[None], torch.zeros(1, dtype=torch.int64), weight.reshape(1, 1)
+    return _Rows(start[None], end[None], torch.zeros(1, dtype=torch.int64), weight.reshape(1, 1))
 
 
 def _weights(row: Row, process: GaussianSDE, to: Tensor, h: Tensor, prediction: str) -> dict[int, Tensor]:

@@ -284,7 +284,7 @@ def linearised(drift: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Te
         unit = torch.zeros(batch, size, dtype=x.dtype, device=x.device)
         unit[:, j] = 1.0
         try:
-            value, column = torch.func.jvp(drift, (x,), (unit.reshape(x.shape),))
+            value, column, *_ = torch.func.jvp(drift, (x,), (unit.reshape(x.shape),))
         except RuntimeError as error:
             error.add_note("A Rosenbrock method differentiates the drift in x by torch.func.jvp.")
             raise

@@ -55,7 +55,7 @@ class Tableau:
                 raise ValueError(f"{self.name}: expected sum_j a_ij = c_i = {float(c)}, got {_sum(row)}")
         for error in (self.b_error, self.b_error_low):
             if error is not None and abs(_sum(error)) > 1e-14:
-                raise ValueError(f"{self.name}: expected error weights of sum 0, got {_sum(error)}")
+                raise ValueError(f"{self.name}: expected sum(b_error) = 0, got {_sum(error)}")
 
     @property
     def first_same_as_last(self) -> bool:
@@ -78,6 +78,11 @@ MIDPOINT = Tableau(
 RALSTON = Tableau(
     "Ralston", 2, (0, F(2, 3)), ((), (F(2, 3),)), (F(1, 4), F(3, 4)),
     reference="Ralston 1962, Runge-Kutta methods with minimum error bounds",
+)  # fmt: skip
+
+KUTTA3 = Tableau(
+    "Kutta3", 3, (0, F(1, 2), 1), ((), (F(1, 2),), (-1, 2)), (F(1, 6), F(2, 3), F(1, 6)),
+    reference="Kutta 1901; Hairer, Norsett, Wanner 1993, Solving ODEs I, II.1",
 )  # fmt: skip
 
 RK38 = Tableau(
