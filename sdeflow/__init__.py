@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from sdeflow import grids, losses, metrics, nets, problems, solvers
+from sdeflow import bench, grids, losses, metrics, nets, problems, solvers
 from sdeflow.checkpoints import load_model, save_model
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model
@@ -37,6 +37,7 @@ __all__ = [
     "Stats",
     "Status",
     "SubVP",
+    "bench",
     "grids",
     "iterate",
     "load_model",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from sdeflow.cli import app
 from sdeflow.solvers.catalogue import markdown_table
 
 ROOT = Path(__file__).parent.parent
@@ -29,3 +32,17 @@ def test_the_solver_table_is_that_of_the_catalogue():
     table = re.search(r"<!-- generated: .*? -->\n(.*?)<!-- end -->", text, re.DOTALL)
     assert table, "the markers of the generated table are gone"
     assert table.group(1).strip() == markdown_table()
+
+
+def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
+    """Each `sdeflow` command of the README, at its size, on the file that the page shows."""
+    text = (ROOT / "README.md").read_text()
+    files = [block for block in BLOCK.findall(text) if block.startswith("# mine.py")]
+    (tmp_path / "mine.py").write_text(files[0])
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("sdeflow ")]
+    assert commands
+    for command in commands:
+        result = CliRunner().invoke(app, command[1:])
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "results" / "mine" / "report.html").stat().st_size > 0

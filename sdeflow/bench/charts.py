@@ -27,6 +27,9 @@ NAMES = {
     "rms": "RMS error",
     "sliced_w2": "sliced W2 distance",
 }
+DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [12, 4], [1, 4])
+_SHIFT = 0.012
+"""Sideways, relative, between solvers whose errors have intervals."""
 _EDGE = 9
 """Pixels below the top edge where what has no place on the axis is drawn."""
 
@@ -60,8 +63,9 @@ def frame(results: Sequence[Result]) -> Frame:
     if floors and 0.02 * low < min(floors) < 1.6 * low:
         low = min(floors) / 1.6
     ticks = sorted({float(r.budget) for r in results if r.budget})
-    ticks += [t for t in (20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0) if not ticks or t > 1.3 * ticks[-1]]
     span = (min(calls, default=1.0) * 0.9, max(calls, default=10.0) * 1.1)
+    last = ticks[-1] if ticks else 0.0
+    ticks += [t for t in (10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0) if 1.3 * last < t < span[1]]
     return Frame(
         span, ticks or [10.0, 20.0, 50.0, 100.0, 200.0], (low, high), list(dict.fromkeys(r.solver for r in results))
     )
@@ -76,11 +80,16 @@ def records(results: Iterable[Result]) -> list[dict[str, Any]]:
     """What charts and the report's page read of each result, of one problem and kind."""
     results = list(results)
     best = {id(r) for r in best_of_grids(results).values()}
-    edge = frame(results).calls[1] / 1.1
+    area = frame(results)
+    edge = area.calls[1] / 1.1
+    # intervals at the same number of calls would hide each other
+    shift = _SHIFT if any(r.kind == "distribution" for r in results) else 0.0
+    beside = {s: math.exp(shift * (i - 0.5 * (len(area.solvers) - 1))) for i, s in enumerate(area.solvers)}
     return [
         {
             "solver": r.solver, "grid": r.grid, "budget": r.budget, "tolerance": r.tolerance,
-            "status": r.status, "message": r.message, "calls": r.nfe or r.budget or edge,
+            "status": r.status, "message": r.message, "calls": r.nfe,
+            "x": (r.nfe or r.budget or edge) * beside[r.solver],
             "median": r.median, "q90": r.q90, "rms": r.rms, "flip_rate": r.flip_rate,
             "sliced_w2": r.sliced_w2, "low": r.low, "high": r.high, "resolved": r.resolved,
             "wall_ms": None if r.wall_seconds is None else 1000 * r.wall_seconds,
@@ -142,7 +151,7 @@ def _layers(alt: Any, results: Sequence[Result], shown: str, line: str, value: s
     low, high = area.errors
     decades = [10.0**k for k in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
     x = alt.X(
-        "calls:Q", title="model calls a sample",
+        "x:Q", title="model calls a sample",
         scale=alt.Scale(type="log", domain=area.calls, nice=False, clamp=True),
         axis=alt.Axis(values=area.ticks, format="d", grid=True),
     )  # fmt: skip
@@ -165,10 +174,15 @@ def _layers(alt: Any, results: Sequence[Result], shown: str, line: str, value: s
         alt.condition("focus == '' || focus == datum.solver", alt.value(1), alt.value(0.1)) if linked else alt.value(1)
     )
     tooltip = _tooltips(alt, kind)
+    dashes = {}
+    if linked:  # which grid a line is of shows when there are several
+        names = sorted({r.grid for r in results})
+        scale = alt.Scale(domain=["", *names], range=[[1, 0], *(DASHES[i % len(DASHES)] for i in range(len(names)))])
+        dashes["strokeDash"] = alt.StrokeDash("dash:N", scale=scale, legend=None)
     runs = (
         alt.Chart(alt.NamedData(name="runs"))
         .transform_filter(shown)
-        .transform_calculate(value=value, line=line)
+        .transform_calculate(value=value, line=line, dash="grid == 'all' ? datum.grid : ''" if linked else "''")
         .transform_calculate(drawn=f"isValid(datum.value) ? max({low!r}, min(datum.value, {high!r})) : null")
         .transform_calculate(**{"from": f"max({low!r}, datum.low)", "to": f"min({high!r}, datum.high)"})
     )
@@ -177,7 +191,7 @@ def _layers(alt: Any, results: Sequence[Result], shown: str, line: str, value: s
     layers.append(
         runs.transform_filter(f"{finite} && datum.status == 'ok'")
         .mark_line(strokeWidth=1.6, clip=True)
-        .encode(x=x, y=y("drawn"), color=colour, detail="line:N", opacity=faded, order="calls:Q")
+        .encode(x=x, y=y("drawn"), color=colour, detail="line:N", opacity=faded, order="x:Q", **dashes)
     )
     if kind == "distribution":
         layers.append(

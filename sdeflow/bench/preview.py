@@ -8,7 +8,7 @@ import io
 import torch
 from torch import Tensor
 
-_SHOWN = 8
+_SHOWN = 4
 _LARGEST = 4096
 """Numbers of a sample above which none are kept: every result of a run carries its own picture."""
 _CANVAS = 72
@@ -46,7 +46,8 @@ def _tiles(x: Tensor, truth: Tensor) -> Tensor:
     grey = torch.nan_to_num((x - low) / max(high - low, 1e-12), nan=0.0).clamp(0, 1)
     if grey.ndim == 3:
         grey = grey.unsqueeze(1)
-    rows = grey.permute(2, 0, 3, 1).flatten(1, 2)  # (H, n W, C)
+    grey = torch.nn.functional.pad(grey, (0, 1), value=1.0)  # a line between them
+    rows = grey.permute(2, 0, 3, 1).flatten(1, 2)[:, :-1]  # (H, n W, C)
     return (255 * rows).round().to(torch.uint8).squeeze(-1).contiguous()
 
 

@@ -130,7 +130,7 @@ def show(results: Sequence[Result]) -> None:
     """The tables, in the terminal."""
     rich, box, console = need("rich.table"), need("rich.box"), need("rich.console").Console()
     # an ellipsis in a number is worse than a line that wraps
-    console.width = max(console.width, 100)
+    console.width = max(console.width, 110)
     for table in tables(results):
         short = initials(c.result.grid for row in table.rows.values() for c in row if c)
         measure = "median error" if table.kind == "trajectory" else "sliced W2"
@@ -170,5 +170,5 @@ def _text(cell: Cell | None, short: dict[str, str]) -> str:
     if cell.result.status != "ok" or cell.result.error is None:
         return "[red]failed[/red]"
     grid = "-" if cell.result.steps == 1 else short[cell.result.grid]  # one step is the same on all grids
-    text = f"{_short(cell.result.error)}{'' if cell.result.resolved else '*'} {grid}"
+    text = f"{_short(cell.result.error)}{' ' if cell.result.resolved else '*'}{grid}"
     return f"[bold green]{text}[/bold green]" if cell.first else text

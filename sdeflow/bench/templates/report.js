@@ -67,9 +67,10 @@ function fill(gallery) {
   const table = document.createElement("table");
   const head = table.createTHead().insertRow();
   for (const text of ["calls", ...budgets]) head.append(Object.assign(document.createElement("th"), { textContent: text, scope: "col" }));
+  const body = table.createTBody();
   for (const solver of new Set(runs.map((r) => r.solver))) {
     if (state.hidden.includes(solver)) continue;
-    const row = table.insertRow();
+    const row = body.insertRow();
     row.append(Object.assign(document.createElement("th"), { textContent: solver, scope: "row" }));
     for (const budget of budgets) {
       const cell = row.insertCell();
