@@ -16,13 +16,13 @@ TABLEAUS = (ROS2_TABLEAU, ROS34PW2_TABLEAU)
 
 
 class Driven(sf.ODE):
-    """A nonlinear system whose drift depends on time: u' = v cos t, v' = -u v + sin 2t."""
+    """A nonlinear system whose drift depends on time: u' = v cos t - sin u, v' = sin 2t - v cos u."""
 
     t1 = 2.0
 
     def drift(self, x, t):
         u, v = x[..., :1], x[..., 1:]
-        return torch.cat([v * torch.cos(t), -u * v + torch.sin(2 * t)], -1)
+        return torch.cat([v * torch.cos(t) - torch.sin(u), torch.sin(2 * t) - v * torch.cos(u)], -1)
 
 
 class Detached(Driven):
@@ -75,17 +75,15 @@ class Counting(sf.ODE):
 
 
 def driven_reference(x, span):
-    out = []
-    for row in x.to(F64).numpy():
-        run = solve_ivp(
-            lambda t, y: [y[1] * np.cos(t), -y[0] * y[1] + np.sin(2 * t)], span, row, "DOP853", rtol=1e-12, atol=1e-13
-        )
-        out.append(run.y[:, -1])
-    return torch.tensor(np.array(out), dtype=F64)
+    def drift(t, y):
+        return [y[1] * np.cos(t) - np.sin(y[0]), np.sin(2 * t) - y[1] * np.cos(y[0])]
+
+    runs = [solve_ivp(drift, span, row, "DOP853", rtol=1e-12, atol=1e-13) for row in x.to(F64).numpy()]
+    return torch.tensor(np.array([run.y[:, -1] for run in runs]), dtype=F64)
 
 
 def start(batch=5, dim=2, seed=0):
-    return torch.tensor(np.random.default_rng(seed).normal(size=(batch, dim)), dtype=F64)
+    return torch.tensor(np.random.default_rng(seed).uniform(-1, 1, size=(batch, dim)), dtype=F64)
 
 
 # ---- the coefficients
@@ -166,8 +164,8 @@ def test_a_wrong_jacobian_costs_no_order(name):
 def test_order_on_a_probability_flow(name):
     process = sf.VP()
     flow = process.probability_flow(sf.problems.EightGaussians().model(process))
-    method, x, levels = METHODS[name](), start(8), (160, 320, 640, 1280)
-    span = (1.0, 0.3)
+    method, x, levels = METHODS[name](), start(8), (20, 40, 80, 160)
+    span = (0.8, 0.4)
     reference = sf.solve(flow, x, sf.solvers.DOP853(), rtol=1e-12, atol=1e-12, t_span=span).x
     grids = [torch.linspace(*span, n + 1, dtype=F64) for n in levels]
     found = [rms(sf.solve(flow, x, method, grid=grid).x - reference) for grid in grids]
@@ -192,22 +190,25 @@ def test_stiff_relaxation_far_beyond_explicit_steps(name, bound, dtype):
 
 
 def test_the_time_derivative_is_needed_and_there():
-    """Along the slow solution ROS34PW2 is accurate to 1/rate; with f_t dropped it is not."""
-    problem = Relaxing(torch.tensor([[1e8]], dtype=F64))
-    exact = problem.on_the_slow_solution(2.0)
-    x = problem.on_the_slow_solution(0.0)
-    assert abs(float(sf.solve(problem, x, ROS34PW2(), steps=40).x - exact)) < 1e-11
+    """ROS2 with f_t = 0 leaves the slow solution by O(h); ROS34PW2 ends each step on it, f_t or not."""
+    problem, h = Relaxing(torch.tensor([[1e8]], dtype=F64)), 0.05
+    exact, x = problem.on_the_slow_solution(2.0), problem.on_the_slow_solution(0.0)
 
-    class Blind(sf.ODE):
-        """Stages see the times, the difference in time does not."""
+    class Frozen(sf.ODE):
+        """The same where the stages evaluate; at the time that gives f_t, the drift of the step's start."""
 
         t1 = 2.0
 
         def drift(self, y, t):
-            share = float(t) / 0.05 % 1.0
-            return problem.drift(y, t - share * 0.05 if abs(share - 1 / 256) < 1e-6 else t)
+            since = float(t) % h
+            return problem.drift(y, t - since if abs(since - h / 256) < 1e-9 else t)
 
-    assert abs(float(sf.solve(Blind(), x, ROS34PW2(), steps=40).x - exact)) > 1e-6
+    def error(ode, method):
+        return abs(float(sf.solve(ode, x, method, steps=40).x - exact))
+
+    assert error(problem, ROS34PW2()) < 1e-11
+    assert error(problem, ROS2()) < 1e-3
+    assert error(Frozen(), ROS2()) > 5e-3
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -226,11 +227,11 @@ def test_van_der_pol_on_a_grid_where_rk4_explodes(name):
 
 def test_van_der_pol_through_its_jump_to_a_tolerance():
     """Each sample its own stiffness and its own steps."""
-    mus, span = (1000.0, 100.0), (0.0, 900.0)
+    mus, span = (1000.0, 500.0), (0.0, 900.0)
     problem = VanDerPol(torch.tensor(mus, dtype=F64))
     x = torch.tensor([[2.0, 0.0], [2.0, 0.0]], dtype=F64)
     with torch.no_grad():
-        got = sf.solve(problem, x, ROS34PW2(), rtol=1e-4, atol=1e-6, t_span=span)
+        got = sf.solve(problem, x, ROS34PW2(), rtol=1e-3, atol=1e-5, t_span=span)
     for row, mu in enumerate(mus):
         run = solve_ivp(
             lambda t, y, mu=mu: [y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]], span, x[row].numpy(), "Radau",
@@ -269,16 +270,16 @@ def test_the_jacobian_is_each_samples_own():
 
 @pytest.mark.parametrize(("name", "nfe"), [("ROS2", 3), ("ROS34PW2", 5)])
 def test_cost_does_not_depend_on_the_batch(name, nfe):
-    """nfe calls a step; of drift evaluations d - 1 more, as the first product brings the first stage."""
+    """nfe calls a step, in which the drift is evaluated, and one backward pass a component."""
     for batch, dim in itertools.product((1, 64), (2, 5)):
         problem = Counting(Relaxing(torch.ones(dim, dtype=F64)))
         problem.inner.per_sample = ()
         solution = sf.solve(problem, torch.ones(batch, dim, dtype=F64), METHODS[name](), steps=7)
         assert solution.stats.nfe == solution.stats.calls == 7 * nfe
-        assert problem.calls == 7 * (nfe + dim - 1)
+        assert problem.calls == 7 * nfe
         run = METHODS[name]().stepper(problem, torch.ones(batch, dim, dtype=F64), torch.linspace(0, 1, 3), None)
         run.step(0, torch.ones(batch, dim, dtype=F64))
-        assert (run.calls, run.jvps) == (nfe, dim)
+        assert (run.calls, run.products) == (nfe, dim)
 
 
 def test_a_large_batch_needs_no_large_matrix():
@@ -335,14 +336,47 @@ def test_dtypes_and_shapes():
 def test_gradients_flow_and_other_modes_agree():
     x = start(2).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: sf.solve(Driven(), x, ROS34PW2(), steps=3).x, x)
-    want = sf.solve(Driven(), x, ROS34PW2(), steps=3).x.detach()
-    for mode in (torch.no_grad(), torch.inference_mode()):
-        with mode:
-            assert torch.equal(sf.solve(Driven(), start(2), ROS34PW2(), steps=3).x, want)
+    for how in ({"steps": 3}, {"rtol": 1e-3}):
+        want = sf.solve(Driven(), x, ROS34PW2(), **how).x.detach()
+        for mode in (torch.no_grad(), torch.inference_mode()):
+            with mode:
+                assert torch.equal(sf.solve(Driven(), start(2), ROS34PW2(), **how).x, want)
+
+
+def test_gradients_reach_the_parameters_of_the_drift_and_only_when_recorded():
+    weight = torch.tensor(0.7, dtype=F64, requires_grad=True)
+
+    class Learned(Driven):
+        def drift(self, x, t):
+            return super().drift(x, t) * weight
+
+    x = start(2)
+    sf.solve(Learned(), x, ROS34PW2(), steps=8).x.sum().backward()
+    shifted = []
+    for value in (0.7 + 1e-5, 0.7 - 1e-5):
+        with torch.no_grad():
+            weight.fill_(value)
+            got = sf.solve(Learned(), x, ROS34PW2(), steps=8).x
+        assert not got.requires_grad
+        shifted.append(float(got.sum()))
+    assert abs(float(weight.grad) - (shifted[0] - shifted[1]) / 2e-5) < 1e-6
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_network_in_a_mode_without_gradients(mode):
+    process = sf.VP()
+    net = torch.nn.Linear(2, 2)
+    model = sf.Model(lambda x, t: net(x) * t[:, None], process)
+    flow = process.probability_flow(model)
+    with mode():
+        got = sf.solve(flow, start().float(), ROS34PW2(), steps=4).x
+        again = sf.solve(flow, start().float(), ROS34PW2(), steps=4).x
+    assert not got.requires_grad
+    assert torch.equal(got, again)
 
 
 def test_a_process_by_its_kernel_alone_works_on_a_grid():
-    """Its drift differentiates alpha and sigma by reverse mode, which a plan's evaluator does beforehand."""
+    """Its drift differentiates alpha and sigma by reverse mode inside."""
     process = sf.GaussianSDE.from_kernel(torch.cos, lambda t: 0.05 + torch.sin(t), 0.0, 1.4)
     flow = process.probability_flow(sf.problems.EightGaussians().model(process))
     x = start(4)
@@ -367,18 +401,10 @@ def test_ros2_has_no_error_estimate_and_no_pair_has_dense_output():
         sf.solve(Driven(), start(), ROS34PW2(), rtol=1e-3, save=[0.5])
 
 
-def test_a_drift_of_another_shape_or_without_forward_mode_is_a_clear_error():
+def test_a_drift_of_another_shape_is_a_clear_error():
     class Wide(sf.ODE):
         def drift(self, x, t):
             return torch.cat([x, x], 1)
 
     with pytest.raises(ValueError, match=r"returned \(5, 4\) for x of shape \(5, 2\)"):
         sf.solve(Wide(), start(), ROS34PW2(), steps=2)
-
-    class Inside(sf.ODE):
-        def drift(self, x, t):
-            return x * t.clone().requires_grad_().exp()
-
-    with pytest.raises(RuntimeError) as caught:
-        sf.solve(Inside(), start(), ROS34PW2(), steps=2)
-    assert any("torch.func.jvp" in note for note in caught.value.__notes__)

@@ -12,7 +12,8 @@ that errors of theirs cost stability, not order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -130,13 +131,12 @@ ROS34PW2_TABLEAU = RosenbrockTableau(
 class Rosenbrock(Solver):
     """A Rosenbrock-W method, for drifts too stiff for explicit steps: on a grid, or to a tolerance with its estimate.
 
-    A step costs stages + 1 drift calls (the one more for f_t), which are its NFE, and, counted apart, d
-    Jacobian-vector products, d the components of one sample. They are batched: the Jacobian of each sample, (batch,
-    d, d), is built a column at a time by forward mode, and each sample solves its own d x d system. For d up to some
-    hundreds. A `Model`'s own counter counts the products, too.
+    A step costs stages + 1 drift calls (the one more for f_t), which are its NFE, and, counted apart, d products
+    with the Jacobian, d the components of one sample. They are batched: the Jacobian of each sample, (batch, d, d), is
+    built a row at a time by reverse mode, and each sample solves its own d x d system. For d up to some hundreds.
 
-    The drift must be differentiable in x by `torch.func.jvp`: one that detaches x passes for constant in x, which
-    keeps the order and loses the stability.
+    Where the drift hides x from autograd (`detach`, `no_grad`), it passes for constant in x, which keeps the order and
+    loses the stability. Under `torch.inference_mode` the problem's own tensors must have been made outside it.
     """
 
     tableau: RosenbrockTableau
@@ -164,31 +164,34 @@ class Rosenbrock(Solver):
 
 
 def ROS2() -> Rosenbrock:
-    """ROS2: order 2, L-stable. 3 calls and d Jacobian-vector products a step."""
+    """ROS2: order 2, L-stable. 3 calls and d products with the Jacobian a step."""
     return Rosenbrock(ROS2_TABLEAU)
 
 
 def ROS34PW2() -> Rosenbrock:
-    """ROS34PW2: order 3, L-stable, stiffly accurate. 5 calls and d Jacobian-vector products a step; adaptive."""
+    """ROS34PW2: order 3, L-stable, stiffly accurate. 5 calls and d products with the Jacobian a step; adaptive."""
     return Rosenbrock(ROS34PW2_TABLEAU)
 
 
 class _RosenbrockRun:
     def __init__(self, table: RosenbrockTableau, problem: Problem, x: Tensor, grid: Tensor) -> None:
         self.calls = 0
-        self.jvps = 0
+        self.products = 0
         self._table, self._rows = table, len(table.b) + 1
-        self._h = torch.diff(grid).to(device=x.device).unbind()
-        shares = torch.tensor([*table.shares, _TIME_SHARE], dtype=torch.float64)
-        times = torch.where(shares == 1, grid[1:, None], grid[:-1, None] + torch.diff(grid)[:, None] * shares)
-        self._evaluate = problem.evaluator("drift", times.reshape(-1))
+        with _no_inference_mode():
+            grid = grid.clone()
+            self._h = torch.diff(grid).to(device=x.device).unbind()
+            shares = torch.tensor([*table.shares, _TIME_SHARE], dtype=torch.float64)
+            times = torch.where(shares == 1, grid[1:, None], grid[:-1, None] + torch.diff(grid)[:, None] * shares)
+            self._evaluate = problem.evaluator("drift", times.reshape(-1))
 
     def step(self, i: int, x: Tensor) -> Tensor:
         first = i * self._rows
-        slope, jacobian = linearised(lambda y: self._evaluate(first, y), x)
+        with _no_inference_mode():
+            later = self._drift(first + self._rows - 1, x.clone() if x.is_inference() else x)
+        slope, jacobian = linearised(lambda y: self._evaluate(first, y), x, keep=later.requires_grad)
         self.calls += 1
-        self.jvps += jacobian.shape[-1]
-        later = self._drift(first + self._rows - 1, x)
+        self.products += jacobian.shape[-1]
         return _step(self._table, lambda k, y: self._drift(first + k, y), x, self._h[i], slope, later, jacobian)[0]
 
     def _drift(self, row: int, x: Tensor) -> Tensor:
@@ -226,8 +229,8 @@ class RosenbrockPair:
         self, evaluate: Evaluate, problem: Problem, x: Tensor, s: Tensor, h: Tensor, k: Tensor
     ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
         shares = self.tableau.shares
-        _, jacobian = linearised(lambda y: self.evaluate(problem, y, s), x)
         later = evaluate(x, s + _TIME_SHARE * h)
+        _, jacobian = linearised(lambda y: self.evaluate(problem, y, s.clone()), x, keep=later.requires_grad)
         y, error = _step(self.tableau, lambda i, y: evaluate(y, s + shares[i] * h), x, h, k, later, jacobian)
         return y, [error], None, []
 
@@ -275,21 +278,37 @@ def _step(
     return (base + _sum(table.result, us)).to(x.dtype), _sum(table.error, us).to(x.dtype)
 
 
-def linearised(drift: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """The drift at x (batch, *event) and the Jacobian of each sample (batch, d, d), by d batched products."""
+def linearised(drift: Callable[[Tensor], Tensor], x: Tensor, keep: bool = False) -> tuple[Tensor, Tensor]:
+    """The drift at x (batch, *event) and the Jacobian of each sample (batch, d, d), by d batched reverse products.
+
+    Reverse mode: in eager torch a forward-mode product costs 30 to 40 calls of a small drift, this one 2, and
+    forward mode has no rule for some of the operations that networks are made of.
+
+    Args:
+        keep: record the graph of the result, for gradients through the solve.
+    """
     batch, size = x.shape[0], x[0].numel()
-    columns: list[Tensor] = []
-    value = x
-    for j in range(size):
-        unit = torch.zeros(batch, size, dtype=x.dtype, device=x.device)
-        unit[:, j] = 1.0
-        try:
-            value, column, *_ = torch.func.jvp(drift, (x,), (unit.reshape(x.shape),))
-        except RuntimeError as error:
-            error.add_note("A Rosenbrock method differentiates the drift in x by torch.func.jvp.")
-            raise
-        columns.append(_checked(column, x).reshape(batch, size))
-    return value, torch.stack(columns, dim=-1)
+    rows: list[Tensor] = []
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = x if x.requires_grad else x.detach().clone().requires_grad_()
+        value = _checked(drift(leaf), x)
+        for j in range(size):
+            unit = torch.zeros(batch, size, dtype=value.dtype, device=x.device)
+            unit[:, j] = 1.0
+            row = None
+            if value.requires_grad:
+                unit = unit.reshape(x.shape)
+                (row,) = torch.autograd.grad(value, leaf, unit, create_graph=keep, retain_graph=True, allow_unused=True)
+            rows.append((torch.zeros_like(x) if row is None else row).reshape(batch, size))
+        jacobian = torch.stack(rows, dim=1)
+    return (value, jacobian) if keep else (value.detach(), jacobian.detach())
+
+
+@contextmanager
+def _no_inference_mode() -> Iterator[None]:
+    """Leave that mode, whose tensors autograd does not take, but not `no_grad`."""
+    with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
+        yield
 
 
 def _checked(value: Tensor, x: Tensor) -> Tensor:
