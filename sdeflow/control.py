@@ -134,6 +134,9 @@ class Adaptive:
             return torch.full((batch,), value, dtype=dtype, device=device)
 
         # of all samples, in the caller's order
+        # 16-bit states are stepped in float32: their 8 to 11 bits would swallow the increments
+        self._dtype = x.dtype
+        x = x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
         self._x, self._t = x, per_sample(self._start)
         self._status = per_sample(-1, torch.int64)
         self._nfe, self._accepted, self._rejected = (per_sample(0, torch.int64) for _ in range(3))
@@ -157,7 +160,7 @@ class Adaptive:
 
     @property
     def state(self) -> State:
-        return State(self._all_states(), self._times(), self._attempts, None)
+        return State(self._all_states().to(self._dtype), self._times(), self._attempts, None)
 
     @property
     def done(self) -> bool:
@@ -194,9 +197,9 @@ class Adaptive:
 
     def solution(self) -> Solution:
         return Solution(
-            x=self._x,
+            x=self._x.to(self._dtype),
             ts=self._save,
-            xs=self._saved,
+            xs=None if self._saved is None else self._saved.to(self._dtype),
             status=self._status.cpu(),
             stats=Stats(
                 nfe=self._nfe.cpu(),
@@ -220,7 +223,8 @@ class Adaptive:
     def _drift(self, x: Tensor, t: Tensor) -> Tensor:
         self._calls += 1
         self._nfe[self._rows] += self._live.to(torch.int64)
-        return checked_shape(self._problem.drift(x, self._like(t, x)), x, "the drift")
+        state = x.to(self._dtype)
+        return checked_shape(self._problem.drift(state, self._like(t, x)), state, "the drift").to(x.dtype)
 
     def _attempt(self, h: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """(result, error estimate, stages) of a step h (batch,)."""

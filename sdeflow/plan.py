@@ -25,6 +25,11 @@ from sdeflow.sde import SDE, Problem, multiply_noise, noise_shape
 from sdeflow.solvers.base import LinearSolver, View, refuse_noise, semilinear
 
 
+def eta_key(eta: object) -> float | str | None:
+    """What a plan remembers of a problem's eta: the number, or the repr of a function."""
+    return float(eta) if isinstance(eta, (int, float)) else None if eta is None else repr(eta)
+
+
 @dataclass(frozen=True, eq=False)
 class Plan(LinearSolver):
     """A linear method on a grid, usable wherever a solver is.
@@ -38,7 +43,7 @@ class Plan(LinearSolver):
         step_of_row: int64 (rows,), non-decreasing.
         ratio, weights, noise: float64 (rows,), (rows, history), (rows,).
         noise_kind: "unit" multiplies `noise` with standard normals, "diffusion" with G(x, t) times them.
-        process, eta: what the coefficients belong to (their reprs); None when they do not depend on it.
+        process, eta: what the coefficients belong to (its repr, and `eta_key`); None when they do not depend on it.
     """
 
     name: str
@@ -51,7 +56,7 @@ class Plan(LinearSolver):
     noise: Tensor
     noise_kind: Literal["unit", "diffusion"] = "unit"
     process: str | None = None
-    eta: str | None = None
+    eta: float | str | None = None
     view: View = "drift"
 
     def __post_init__(self) -> None:
@@ -96,7 +101,7 @@ class Plan(LinearSolver):
             process, eta = getattr(problem, "process", problem), getattr(problem, "eta", None)
             if repr(process) != self.process:
                 raise ValueError(f"this plan was made for {self.process}, not for {process!r}")
-            if repr(eta) != self.eta:
+            if eta_key(eta) != self.eta:
                 raise ValueError(f"this plan was made for eta = {self.eta}, not for eta = {eta!r}")
         if not bool((self.noise != 0).any()):
             refuse_noise(self.name, problem)

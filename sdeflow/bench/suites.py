@@ -62,7 +62,7 @@ def digits_exact() -> Problem:
         sample=data.sample,
         centres=images,
         tolerance=1e-8,
-        samples=128,
+        samples=96,
         draws=256,
     )
 

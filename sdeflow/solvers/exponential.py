@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdeflow.plan import Plan
+from sdeflow.plan import Plan, eta_key
 from sdeflow.quadrature import gauss_legendre
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sde import Problem
@@ -102,7 +102,7 @@ class ExponentialMultistep(LinearSolver):
             weights=interpolation_weights(reverse, base, target, layout.times, orders, self.prediction),
             noise=torch.where(ends_step, std, torch.zeros_like(std)),
             process=repr(reverse.process),
-            eta=repr(semilinear(self.name, problem).eta),
+            eta=eta_key(semilinear(self.name, problem).eta),
         )
 
     def _layout(self, reverse: ReverseSDE, grid: Tensor) -> _Layout:
@@ -263,5 +263,5 @@ class DDIM(LinearSolver):
             weights=(alpha[1:] - alpha[:-1] * ratio)[:, None],
             noise=self.eta * sigma[1:] * torch.sqrt(fresh) if self.eta else zero,
             process=repr(process),
-            eta=repr(reverse.eta),
+            eta=eta_key(reverse.eta),
         )
