@@ -41,9 +41,9 @@ def main() -> None:
 def train_command(
     data: Annotated[str, typer.Argument(help=f"What to train on: {', '.join(DATASETS)}.")],
     out: Annotated[Path, typer.Option(help="Folder for model.safetensors and train.jsonl.", file_okay=False)],
-    steps: Annotated[int, typer.Option(help="Number of batches.", min=1)] = 10_000,
+    steps: Annotated[int, typer.Option(help="Number of batches.", min=1)] = 8_000,
     batch: Annotated[int, typer.Option(help="Samples a batch.", min=1)] = 256,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Of the first weights, the batches, times and noise.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads; one is best for the small default network.", min=1)] = 1,
 ) -> None:

@@ -133,6 +133,9 @@ class Adaptive:
             return torch.full((batch,), value, dtype=dtype, device=device)
 
         # of all samples, in the caller's order
+        # 16-bit states are stepped in float32: their 8 to 11 bits would swallow the increments
+        self._dtype = x.dtype
+        x = x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
         self._x, self._t = x, per_sample(self._start)
         self._status = per_sample(-1, torch.int64)
         self._nfe, self._accepted, self._rejected = (per_sample(0, torch.int64) for _ in range(3))
@@ -156,7 +159,8 @@ class Adaptive:
 
     @property
     def state(self) -> State:
-        return State(self._all_states(), self._pair.time(self._problem, self._clocks()), self._attempts, None)
+        times = self._pair.time(self._problem, self._clocks())
+        return State(self._all_states().to(self._dtype), times, self._attempts, None)
 
     @property
     def done(self) -> bool:
@@ -195,9 +199,9 @@ class Adaptive:
 
     def solution(self) -> Solution:
         return Solution(
-            x=self._x,
+            x=self._x.to(self._dtype),
             ts=self._save,
-            xs=self._saved,
+            xs=None if self._saved is None else self._saved.to(self._dtype),
             status=self._status.cpu(),
             stats=Stats(
                 nfe=self._nfe.cpu(),
@@ -212,7 +216,8 @@ class Adaptive:
         """One evaluation of the batch, counted for the samples still running."""
         self._calls += 1
         self._nfe[self._rows] += self._live.to(torch.int64)
-        return checked_shape(self._pair.evaluate(self._problem, x, s), x, "the drift")
+        state = x.to(self._dtype)
+        return checked_shape(self._pair.evaluate(self._problem, state, s), state, "the drift").to(x.dtype)
 
     # ---- who is still in the batch
 

@@ -6,7 +6,7 @@ table of `sdeflow.model`:
     L(x_0, t, eps) = mean over components of (row(x_t, t) - (a x_0 + b eps))^2.
 
 Its minimiser is the conditional mean of that row given x_t, from which the score follows
-(Vincent 2011, A connection between score matching and denoising autoencoders, equation 11). The rows'
+(Vincent 2011, A connection between score matching and denoising autoencoders, section 4). The rows'
 losses differ by a function of t alone: the square of `conversion`'s factor q.
 """
 
@@ -44,16 +44,21 @@ def denoising(model: Model, x0: Tensor, t: Time, eps: Tensor, as_: str | None = 
 
 
 def stratified_times(process: GaussianSDE, n: int, t_min: float | None = None) -> Tensor:
-    """`n` times, float64, in order: one in each of n equal parts of [t_min, t1], all with one random offset.
+    """`n` times in [t_min, t1], float64, rising, spread evenly over the angle atan(sigma/alpha).
 
-    Each time alone is uniform, and a batch covers the span evenly, which lowers the variance of its
-    mean loss (Kingma et al. 2021, Variational diffusion models, appendix I.1). Draws one number from
-    torch's global generator.
+    The angle runs from 0 (data) to pi/2 (noise) for any process, and v is the slope in it of a
+    variance-preserving flow (Salimans and Ho 2022, Progressive distillation, appendix D), so that no part
+    of it is worth more than another. On the digits it leaves a lower loss on held-out images than times
+    uniform in t, or in lam at the noisy end. Each of n equal parts gets one time, all with one random
+    offset (Kingma et al. 2021, Variational diffusion models, appendix I.1): a batch covers the span,
+    which lowers the variance of its mean loss. Draws one number from torch's global generator.
 
     Args:
         t_min: the lower end; a hundred-thousandth of the span above t0 unless given, below where
             sampling ends and above the singular point of the rows that divide by sigma.
     """
     low = process.t0 + _LEFT_OUT * (process.t1 - process.t0) if t_min is None else t_min
-    offset = torch.rand((), dtype=torch.float64)
-    return low + (torch.arange(n, dtype=torch.float64) + offset) / n * (process.t1 - low)
+    ends = torch.atan(torch.exp(-process.lam(torch.tensor([low, process.t1], dtype=torch.float64))))
+    share = (torch.arange(n, dtype=torch.float64) + torch.rand((), dtype=torch.float64)) / n
+    angle = ends[0] + share * (ends[1] - ends[0])
+    return process.time_of_lam(-torch.log(torch.tan(angle))).clamp(low, process.t1)

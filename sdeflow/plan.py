@@ -45,6 +45,11 @@ def _plain(value: object) -> object:
     return value.tolist() if isinstance(value, Tensor) else value
 
 
+def eta_key(eta: object) -> float | str | None:
+    """What a plan remembers of a problem's eta: the number, or the repr of a function."""
+    return float(eta) if isinstance(eta, (int, float)) else None if eta is None else repr(eta)
+
+
 @dataclass(frozen=True, eq=False)
 class Plan(LinearSolver):
     """A linear method on a grid, usable wherever a solver is.
@@ -60,7 +65,7 @@ class Plan(LinearSolver):
         step_of_row: int64 (rows,), non-decreasing.
         ratio, weights, noise: float64 (rows,), (rows, history), (rows,).
         noise_kind: "unit" multiplies `noise` with standard normals, "diffusion" with G(x, t) times them.
-        process, eta: what the coefficients belong to (their reprs); None when they do not depend on it.
+        process, eta: what the coefficients belong to (its repr, and `eta_key`); None when they do not depend on it.
         kick_ratio, kick_noise: (steps,) or None: step i begins from kick_ratio[i] x + kick_noise[i] xi instead of x.
         shift, shift_weight: a constant of the event's shape (or 0-d) that row k adds times shift_weight[k]; or None.
     """
@@ -75,7 +80,7 @@ class Plan(LinearSolver):
     noise: Tensor
     noise_kind: Literal["unit", "diffusion"] = "unit"
     process: str | None = None
-    eta: str | None = None
+    eta: float | str | None = None
     view: View = "drift"
     shift: Tensor | None = None
     shift_weight: Tensor | None = None
@@ -166,7 +171,7 @@ class Plan(LinearSolver):
             process, eta = getattr(problem, "process", problem), getattr(problem, "eta", None)
             if repr(process) != self.process:
                 raise ValueError(f"this plan was made for {self.process}, not for {process!r}")
-            if repr(eta) != self.eta:
+            if eta_key(eta) != self.eta:
                 raise ValueError(f"this plan was made for eta = {self.eta}, not for eta = {eta!r}")
         if not bool((self.noise != 0).any()):
             refuse_noise(self.name, problem)

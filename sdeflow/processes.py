@@ -6,6 +6,7 @@ Each overrides what `GaussianSDE` would derive; the tests hold every closed form
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,12 @@ from torch import Tensor
 from sdeflow import grids
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.times import Time, as_time
+
+
+def _store(process: object, **values: float) -> None:
+    """Keep parameters as floats: VP(1, 20) is VP(1.0, 20.0), also where it is printed and compared."""
+    for name, value in values.items():
+        object.__setattr__(process, name, float(value))
 
 
 def _positive(**values: float) -> None:
@@ -84,6 +91,7 @@ class _LinearBeta:
 
     def __post_init__(self) -> None:
         _positive(beta_min=self.beta_min, beta_max=self.beta_max)
+        _store(self, beta_min=self.beta_min, beta_max=self.beta_max)
 
     def beta(self, t: Tensor) -> Tensor:
         return self.beta_min + t * (self.beta_max - self.beta_min)
@@ -149,6 +157,7 @@ class CosineVP(_VariancePreserving):
         _positive(s=self.s)
         if not self.t_min < self.t1 < 1:
             raise ValueError(f"expected t1 in ({self.t_min:g}, 1), got {self.t1:g}")
+        _store(self, s=self.s, t1=self.t1)
 
     t_min = 1e-3
 
@@ -196,7 +205,8 @@ class DiscreteVP(_VariancePreserving):
 
     def __repr__(self) -> str:
         b = self.betas
-        return f"DiscreteVP({b.numel()} betas, {float(b[0]):g} to {float(b[-1]):g})"
+        table = zlib.crc32(b.numpy().tobytes())
+        return f"DiscreteVP({b.numel()} betas, {float(b[0]):g} to {float(b[-1]):g}, crc {table:08x})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DiscreteVP) and torch.equal(self.betas, other.betas)
@@ -306,6 +316,7 @@ class VE(_VarianceExploding):
 
     def __post_init__(self) -> None:
         _increasing(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+        _store(self, sigma_min=self.sigma_min, sigma_max=self.sigma_max)
 
     t_min = 1e-5
 
@@ -339,7 +350,7 @@ class EDM(_VarianceExploding):
 
     def __post_init__(self) -> None:
         _increasing(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
-        object.__setattr__(self, "t1", float(self.sigma_max))
+        _store(self, sigma_min=self.sigma_min, sigma_max=self.sigma_max, t1=self.sigma_max)
 
     @property
     def t_min(self) -> float:

@@ -253,8 +253,8 @@ def test_bad_problems_are_refused():
             sf.bench.Problem(**({"model": model, "shape": (2,)} | bad))
     with pytest.raises(ValueError, match=r"expected sample\(n, seed\) of shape"):
         sf.bench.run(mixture(sample=lambda n, seed: torch.zeros(n, 3)), solvers=["DDPM"], grids=["power"], nfe=[5])
+    nan = sf.Model(lambda x, t: x * torch.nan, sf.VP(), "eps")
     with pytest.raises(RuntimeError, match="did not converge"):
-        nan = sf.Model(lambda x, t: x * torch.nan, sf.VP(), "eps")
         sf.bench.run(sf.bench.Problem(nan, shape=(2,)), solvers=["Heun"], grids=["power"], nfe=[5])
 
 
@@ -574,7 +574,8 @@ def test_without_the_extra_the_package_works_and_the_report_says_what_is_missing
         import importlib.abc, sys
         class Block(importlib.abc.MetaPathFinder):
             def find_spec(self, name, path=None, target=None):
-                if name.partition(".")[0] in ("altair", "vl_convert", "jinja2", "PIL", "rich", "typer", "tqdm", "sklearn"):
+                extras = ("altair", "vl_convert", "jinja2", "PIL", "rich", "typer", "tqdm", "sklearn")
+                if name.partition(".")[0] in extras:
                     raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         sys.meta_path.insert(0, Block())
         import sdeflow as sf

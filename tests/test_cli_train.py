@@ -41,7 +41,7 @@ def test_train_digits(tmp_path):
         for p, q in zip(model.net.parameters(), untrained((1, 8, 8), seed=5).net.parameters(), strict=True)
     )
     assert read_info(tmp_path / "run/model.safetensors")["info"] == {
-        "command": "sdeflow train digits --out DIR --steps 3 --batch 8 --lr 0.001 --seed 5 --threads 1",
+        "command": "sdeflow train digits --out DIR --steps 3 --batch 8 --lr 0.003 --seed 5 --threads 1",
         "data": "digits",
         "seed": 5,
         "loss": rows[-1]["loss"],

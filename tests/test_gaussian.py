@@ -250,6 +250,15 @@ def test_discrete_steps_are_ddpm_transitions():
         assert float(std) == pytest.approx(math.sqrt(beta), rel=1e-13)
 
 
+def test_an_entry_of_a_table_closes_its_interval():
+    """At t = (n + 1)/N the rate is that of entry n: what a step down from there must see."""
+    betas = torch.tensor([0.05, 0.2, 0.1, 0.4, 0.6], dtype=F64)
+    process = sf.DiscreteVP(betas)
+    t = torch.arange(1, 6, dtype=F64) / 5
+    assert_close(process.diffusion_coeff(t) ** 2, -5 * torch.log1p(-betas), rtol=1e-12)
+    assert_close(process.drift_coeff(t), 2.5 * torch.log1p(-betas), rtol=1e-12)
+
+
 def test_discrete_processes_compare_by_their_tables():
     assert sf.DiscreteVP([0.1, 0.2]) == sf.DiscreteVP([0.1, 0.2])
     assert hash(sf.DiscreteVP([0.1, 0.2])) == hash(sf.DiscreteVP([0.1, 0.2]))

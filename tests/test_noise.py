@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 import sdeflow as sf
-from sdeflow.noise import CORRECTOR, DATA, PATH, PRIOR
+from sdeflow.noise import CORRECTOR, DATA, PATH, PRIOR, _mix
 from tests.exact import F64
 
 LEVEL = 1e-6
@@ -192,6 +192,21 @@ def test_huge_indices():
     z = draw(1, 4, (1000,), index=2**62)
     assert bool(torch.isfinite(z).all())
     assert z.flatten().unique().numel() == 4000
+
+
+def test_the_bits_are_splitmix64():
+    """Against the generator in Python's integers, and the outputs that its authors' C code gives for seed 1234567."""
+
+    def splitmix(state):
+        z = state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+        return z ^ (z >> 31)
+
+    states = [(1234567 + k * 0x9E3779B97F4A7C15) % 2**64 for k in range(1, 200)]
+    assert [splitmix(s) for s in states[:3]] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    signed = torch.tensor([s - 2**64 if s >= 2**63 else s for s in states])
+    assert [int(z) % 2**64 for z in _mix(signed)] == [splitmix(s) for s in states]
 
 
 def test_the_global_generator_is_neither_used_nor_moved():

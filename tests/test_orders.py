@@ -105,6 +105,18 @@ def test_orders_of_the_exponential_family(order, prediction, multistep, grid):
     check_order(slope(1 / np.array(levels), flow_errors(solver, levels, grid)), order)
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("prediction", ["x0", "eps"])
+def test_orders_of_encoding(order, prediction):
+    """The family run upwards, from data to noise."""
+    flow, x, _ = flow_case()
+    end = vp_flow(NumpyMixture(*LAW), x, END, START, rtol=1e-13, atol=1e-14)
+    solver, levels = ExponentialMultistep(order, prediction, start="singlestep"), (32, 64, 128, 256)
+    with torch.no_grad():
+        runs = [sf.solve(flow, x, solver, steps=n, grid=sf.grids.logsnr, t_span=(END, START)) for n in levels]
+    check_order(slope(1 / np.array(levels), [rms(run.x - end) for run in runs]), order)
+
+
 def test_a_ramp_caps_the_order_at_two():
     """The control of the start-up: orders 1, 2, 3, 3, ... are of order 2 in the limit."""
     levels = (128, 256, 512, 1024)
@@ -263,6 +275,29 @@ def test_polynomials_below_the_order_are_integrated_exactly(order, prediction, e
     if steps > 0.1:  # and the next power is not: the test can tell
         exact = amp * quad(lambda v: c * math.exp(-c * (end - v)) * (v - zero) ** order, zero, end)[0]
         assert abs(float(weights @ (lam[-2::-1] - zero) ** order) - exact) > 1e-4 * abs(exact)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "solver", [DPMSolverPP(3), ExponentialMultistep(2, prediction="eps"), DDIM()], ids=lambda s: s.name
+)
+def test_on_one_grid_of_lam_every_process_gives_the_same_samples(solver, eta):
+    """x/alpha depends on the levels alone: the schedule is a change of clock and scale."""
+    if isinstance(solver, DDIM):
+        solver, eta = DDIM(eta), 0.0
+    law = sf.problems.GaussianMixture(*LAW)
+    lam = torch.linspace(-2.0, 3.0, 9, dtype=F64)
+    z = torch.randn(4, 2, dtype=F64)
+    out = []
+    table = sf.DiscreteVP(torch.linspace(1e-4, 0.02, 1000, dtype=F64))
+    for process in (sf.VP(), sf.CosineVP(), sf.RectifiedFlow(), sf.EDM(), sf.VE(sigma_max=10.0), sf.SubVP(), table):
+        grid = process.time_of_lam(lam)
+        x = z * process.alpha(grid[0]) * torch.exp(-lam[0])
+        with torch.no_grad():
+            y = sf.solve(process.reverse(law.model(process), eta), x, solver, grid=grid, seed=0).x
+        out.append(y / process.alpha(grid[-1]))
+    for y in out[1:]:
+        torch.testing.assert_close(y, out[0], rtol=0, atol=1e-11)
 
 
 # ---- stochastic: exact mean and variance by superposition
@@ -552,6 +587,66 @@ def test_names_are_unique_and_unknown_ones_refused():
     assert len({row.name for row in CATALOGUE}) == len(CATALOGUE)
     with pytest.raises(ValueError, match="unknown solver 'Hoyn': expected one of Euler"):
         sf.solvers.by_name("Hoyn")
+
+
+# ---- single steps by the papers' formulas
+
+
+class Shifting(sf.SDE):
+    """Noise that depends on x and t."""
+
+    t1 = 2.0
+
+    def drift(self, x, t):
+        return torch.sin(x) * t
+
+    def diffusion(self, x, t):
+        return 0.3 + t**2 * x
+
+
+def test_one_step_of_euler_maruyama():
+    """x + h f(x, t) + sqrt(|h|) G(x, t) xi with everything at the step's start, in both views of the noise."""
+    x, h = torch.randn(4, 2, dtype=F64), 0.25
+    xi = sf.Noise(5, 4).normal(0, 0, (2,), F64)
+    for t in (0.5, 1.5):
+        got = sf.solve(Shifting(), x, EulerMaruyama(), grid=[t, t + h], seed=5).x
+        want = x + h * torch.sin(x) * t + math.sqrt(h) * (0.3 + t**2 * x) * xi
+        torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
+    vp, model = NumpyVP(), sf.problems.Gaussian([0.5, 0.1], [0.2, 0.4]).model(sf.VP())
+    got = sf.solve(sf.VP().reverse(model, 0.5), x, EulerMaruyama(), grid=[0.6, 0.6 - h], seed=5).x
+    drift = -0.5 * vp.beta(0.6) * (x + 1.25 * model.score(x, 0.6))
+    want = x - h * drift + 0.5 * math.sqrt(h * vp.beta(0.6)) * xi
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.5, 1.0])
+def test_one_step_of_ddim(eta):
+    """Song et al. 2021, equations 12 and 16, in their notation: abar = alpha^2."""
+    vp, model = NumpyVP(), sf.problems.Gaussian([0.5, 0.1], [0.2, 0.4]).model(sf.VP())
+    x, xi = torch.randn(4, 2, dtype=F64), sf.Noise(5, 4).normal(0, 0, (2,), F64)
+    got = sf.solve(sf.VP().probability_flow(model), x, DDIM(eta), grid=[0.6, 0.4], seed=5).x
+    now, then = vp.alpha(0.6) ** 2, vp.alpha(0.4) ** 2
+    size = eta * math.sqrt((1 - then) / (1 - now)) * math.sqrt(1 - now / then)
+    eps = model.eps(x, 0.6)
+    x0 = (x - math.sqrt(1 - now) * eps) / math.sqrt(now)
+    want = math.sqrt(then) * x0 + math.sqrt(1 - then - size**2) * eps + size * xi
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", [DDPM(), DDIM(1.0), DPMSolverPP(1)], ids=lambda s: s.name)
+def test_one_step_of_ddpm(solver):
+    """Ho et al. 2020, equations 6 and 7, from entry n to n - 1 of a table of betas."""
+    betas = np.linspace(0.01, 0.3, 8)
+    process = sf.DiscreteVP(betas)
+    model = sf.problems.Gaussian([0.5, 0.1], [0.2, 0.4]).model(process)
+    abar, n = np.cumprod(1 - betas), 5
+    x, xi = torch.randn(4, 2, dtype=F64), sf.Noise(5, 4).normal(0, 0, (2,), F64)
+    problem = process.reverse(model, 1.0 if isinstance(solver, ExponentialMultistep) else 0.0)
+    got = sf.solve(problem, x, solver, grid=[(n + 1) / 8, n / 8], seed=5).x
+    x0 = model.x0(x, (n + 1) / 8)
+    mean = (math.sqrt(abar[n - 1]) * betas[n] * x0 + math.sqrt(1 - betas[n]) * (1 - abar[n - 1]) * x) / (1 - abar[n])
+    want = mean + math.sqrt((1 - abar[n - 1]) / (1 - abar[n]) * betas[n]) * xi
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
 # ---- plans are the tables that are run

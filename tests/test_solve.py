@@ -494,6 +494,14 @@ def test_many_small_steps_move_a_16_bit_state():
     torch.testing.assert_close(got.to(F64), torch.full((2, 2), math.exp(-1), dtype=F64), rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("tol", [1e-3, 1e-5, 1e-7])
+def test_a_16_bit_state_is_solved_to_its_own_precision(tol):
+    """A tolerance below the resolution of bfloat16 makes the steps shorter, not the result worse."""
+    x = torch.ones(2, 2, dtype=torch.bfloat16)
+    got = sf.solve(Decay(), x, RK45(), rtol=tol, max_steps=2000).x
+    torch.testing.assert_close(got.to(F64), torch.full((2, 2), math.exp(-1), dtype=F64), rtol=0.01, atol=0)
+
+
 class Pointwise(sf.ODE):
     """x' = cos(t) - x^3, component by component."""
 
@@ -742,6 +750,27 @@ def test_a_plan_refuses_a_problem_it_was_not_made_for(solver, other):
     with pytest.raises(ValueError, match="made for"):
         sf.solve(problem, torch.zeros(2, 2, dtype=F64), plan, seed=0)
     assert problem.model.nfe == 0
+
+
+def test_a_plan_takes_equal_problems():
+    """1 is 1.0: what compares equal is the same problem."""
+    x = torch.zeros(2, 2, dtype=F64)
+    for solver in (EulerMaruyama(), DPMSolverPP(2)):
+        plan = solver.plan(VP.reverse(PLANAR.model(VP), 1), sf.grids.uniform(VP, 4))
+        assert bool(sf.solve(VP.reverse(PLANAR.model(VP), 1.0), x, plan, seed=0).ok.all())
+    whole = sf.VP(beta_min=1, beta_max=20)
+    plan = DDIM().plan(whole.probability_flow(PLANAR.model(whole)), sf.grids.uniform(VP, 4))
+    same = sf.VP(beta_min=1.0, beta_max=20.0)
+    assert same == whole
+    assert bool(sf.solve(same.probability_flow(PLANAR.model(same)), x, plan).ok.all())
+
+
+def test_a_plan_tells_two_tables_with_equal_ends_apart():
+    linear = sf.DiscreteVP(torch.linspace(0.00085, 0.012, 100, dtype=F64))
+    scaled = sf.DiscreteVP(torch.linspace(0.00085**0.5, 0.012**0.5, 100, dtype=F64) ** 2)
+    plan = DDIM().plan(linear.probability_flow(PLANAR.model(linear)), sf.grids.uniform(linear, 4))
+    with pytest.raises(ValueError, match="made for"):
+        sf.solve(scaled.probability_flow(PLANAR.model(scaled)), torch.zeros(2, 2, dtype=F64), plan)
 
 
 # ---- predictor-corrector
@@ -1019,6 +1048,8 @@ def plan4(model):
         (lambda m: sample2(m, final="round"), ValueError, '"stay", "denoise" or "zero"'),
         (lambda m: sample2(m, final="zero", steps=None, grid=[1.0, 0.5]), ValueError, "ends the grid at t0"),
         (lambda m: sample2(m, eta=-1.0), ValueError, "eta >= 0"),
+        (lambda m: sample2(m, final="zero", solver=PredictorCorrector(DDPM())), ValueError, "finite|sigma"),
+        (lambda m: solve3(flow(m), PredictorCorrector(DDPM()), t_span=(1.0, 0.0)), ValueError, "finite|sigma"),
         (lambda m: sample2(m, steps=0), ValueError, "steps >= 1"),
         (lambda m: DPMSolverPP(4), ValueError, "order 1, 2 or 3, got 4"),
         (lambda m: DPMSolverPP(2, start="heun"), ValueError, 'start "ramp" or "singlestep"'),

@@ -97,15 +97,27 @@ def test_loss_checks_its_input():
         denoising(model, torch.zeros(3, 2), torch.rand(2), torch.zeros(3, 2))
 
 
-def test_stratified_times():
-    process = sf.VP()
-    times = torch.stack([stratified_times(process, 8, 0.2) for _ in range(2000)])
-    cells = ((times - 0.2) / 0.8 * 8).floor()
-    assert torch.equal(cells, torch.arange(8, dtype=torch.float64).expand(2000, 8))
-    first = (times[:, 0] - 0.2) / 0.1
-    assert abs(float(first.mean()) - 0.5) < 4 / math.sqrt(12 * 2000)
-    assert stratified_times(process, 4).dtype == torch.float64
-    assert 1e-5 <= float(stratified_times(process, 4).min()) < process.t1
+@pytest.mark.parametrize("process", [sf.VP(), sf.VE(), sf.EDM(), sf.RectifiedFlow(), sf.CosineVP()], ids=repr)
+def test_stratified_times(process):
+    """One time in each part, uniform within it, of the angle atan(sigma/alpha)."""
+    low = process.t_min
+    times = torch.stack([stratified_times(process, 8, low) for _ in range(500)])
+
+    def angle_of(t):
+        return torch.atan2(process.sigma(t), process.alpha(t))
+
+    first, last = angle_of(low), angle_of(process.t1)
+    angle = angle_of(times)
+    place = (angle - first) / (last - first) * 8
+    assert torch.equal(place.floor(), torch.arange(8, dtype=torch.float64).expand(500, 8))
+    assert abs(float((place[:, 0]).mean()) - 0.5) < 4 / math.sqrt(12 * 500)
+
+
+def test_default_times_reach_below_sampling():
+    times = stratified_times(sf.VP(), 1000)
+    assert times.dtype == torch.float64
+    assert 1e-5 <= float(times.min()) < sf.VP().t_min
+    assert 0.999 < float(times.max()) <= 1.0
 
 
 # ---- training

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from sdeflow.bench import preview
-from sdeflow.bench.methods import GRIDS, Method
+from sdeflow.bench.methods import GRIDS, Job, Method
 from sdeflow.bench.problem import Problem
 from sdeflow.bench.results import Result
 from sdeflow.bench.truth import Reference, Target, reference_of, spread, target_of
-from sdeflow.grids import GridFunction
 from sdeflow.model import Model
 from sdeflow.reverse import ReverseSDE
 from sdeflow.solution import Solution
@@ -69,6 +68,10 @@ class Case:
         start = self.problem.start(self.problem.draws, self.seed, self.dtype)
         return target_of(self.problem, self.reverse(0.0), start, self.seed)
 
+    def truth_of(self, method: Method) -> Reference | Target:
+        """What a method is measured against; computed on first use."""
+        return self.target if method.make().draws_noise(self.reverse(method.eta)) else self.reference
+
     @cached_property
     def default_grid(self) -> str | None:
         """The name of the grid that `steps` alone means; None when it is none of the named ones."""
@@ -96,34 +99,25 @@ class Case:
             "preview": preview.data_uri(truth.x, truth.x),
         }
 
-    def run(
-        self,
-        method: Method,
-        *,
-        grid: GridFunction | None = None,
-        budget: int | None = None,
-        tolerance: float | None = None,
-        label: str = "adaptive",
-    ) -> Result:
-        """One method on a grid at a budget, or to a tolerance. What it raises becomes a failed result.
+    def run(self, job: Job) -> Result:
+        """One run. What the solve raises becomes a failed result.
 
         Raises:
             Exception: the reference or target could not be computed.
         """
-        solver, problem = method.make(), self.reverse(method.eta)
-        truth = self.target if solver.draws_noise(problem) else self.reference
+        method = job.method
+        solver, problem, truth = method.make(), self.reverse(method.eta), self.truth_of(method)
         result = Result(
-            problem=self.problem.name, solver=method.name, grid=label, kind=truth.kind, eta=method.eta,
-            budget=budget, tolerance=tolerance, seed=self.seed, dtype=str(self.dtype).removeprefix("torch."),
+            problem=self.problem.name, solver=method.name, grid=job.grid, kind=truth.kind, eta=method.eta,
+            budget=job.budget, tolerance=job.tolerance, seed=self.seed, dtype=str(self.dtype).removeprefix("torch."),
             scale=spread(truth.x), about=self.about(truth),
         )  # fmt: skip
-        steps = None if budget is None else budget // method.calls
         self._timer.seconds = 0.0
         began = time.perf_counter()
         try:
             solution = solve(
                 problem, truth.start, solver,
-                steps=steps, grid=grid, rtol=tolerance, seed=self.seed, throw=False,
+                steps=job.steps, grid=job.times, rtol=job.tolerance, seed=self.seed, throw=False,
             )  # fmt: skip
         except Exception as error:
             text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

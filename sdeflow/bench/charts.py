@@ -225,7 +225,7 @@ def _floor(alt: Any, results: Sequence[Result], area: Frame, name: str, value: s
     if not about:
         return []
     low, high = area.errors
-    what = "floor: error of the reference" if results[0].kind == "trajectory" else "floor: two exact samples"
+    what = "the reference against itself" if results[0].kind == "trajectory" else "two sets of the target"
     measure = value or f"datum.{_first_measure(results)}"
     base = (
         alt.Chart(alt.Data(values=[about]))
@@ -234,8 +234,7 @@ def _floor(alt: Any, results: Sequence[Result], area: Frame, name: str, value: s
             drawn=f"max({low!r}, min(datum.floor, {high!r}))",
             twice=f"max({low!r}, min(2 * datum.floor, {high!r}))",
             bottom=repr(low),
-            text=f"datum.floor < {low!r} ? '↓ {what}, ' + format(datum.floor, '.1e') + ', is below this axis'"
-            f" : '{what}, ' + format(datum.floor, '.1e') + ' (dashed); not resolved below twice it'",
+            text=f"(datum.floor < {low!r} ? '↓ floor ' : 'floor ') + format(datum.floor, '.1e') + ' ({what})'",
         )
     )
     scale = alt.Scale(type="log", domain=[low, high], nice=False, clamp=True)

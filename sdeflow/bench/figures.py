@@ -47,7 +47,8 @@ _CONFIG = {
 def _write(panels: list[tuple[list[Result], str]], stem: Path) -> list[Path]:
     """Panels (runs of a problem, grid) side by side, as SVG and PNG. Adaptive runs are in every panel."""
     alt, convert = need("altair"), need("vl_convert")
-    specifications = {part[0].problem: still(part) for part, _ in panels}
+    parts = {part[0].problem: part for part, _ in panels}
+    specifications = {name: still(part) for name, part in parts.items()}
     sources = {
         f"runs-{i}": [r for r in records(part) if r["grid"] in (grid, "adaptive")]
         for i, (part, grid) in enumerate(panels)

@@ -34,6 +34,22 @@ class Method:
     adaptive: bool = False
 
 
+@dataclass(frozen=True)
+class Job:
+    """One run: a method on a grid within a budget of model calls, or (grid "adaptive") to a tolerance."""
+
+    method: Method
+    grid: str
+    times: GridFunction | None = None
+    budget: int | None = None
+    tolerance: float | None = None
+
+    @property
+    def steps(self) -> int | None:
+        """Steps that the budget allows, rounded down."""
+        return None if self.budget is None else self.budget // self.method.calls
+
+
 def _of(row: Row) -> Iterable[Method]:
     """On the flow under its own name, with noise as "NAME eta=1" (under its own name if that is all it does)."""
     if row.order is not None:

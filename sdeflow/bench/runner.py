@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from sdeflow.bench import environment
 from sdeflow.bench.case import Case
 from sdeflow.bench.extras import need
-from sdeflow.bench.methods import Method, budgets, grids_named, methods_named
+from sdeflow.bench.methods import Job, Method, budgets, grids_named, methods_named
 from sdeflow.bench.problem import Problem, as_problem
 from sdeflow.bench.results import Log, Result
 from sdeflow.bench.suites import QUICK, SUITES, Suite
@@ -32,17 +31,14 @@ class Axes:
     nfe: list[int]
     tolerances: tuple[float, ...]
 
-    def jobs(self) -> Iterator[tuple[Method, dict[str, Any]]]:
-        """Each run's method and the arguments of `Case.run`. Budgets below one step are left out."""
+    def jobs(self) -> Iterator[Job]:
+        """Every run. Budgets below one step are left out."""
         for method in self.methods:
             if method.adaptive:
-                for tolerance in self.tolerances:
-                    yield method, {"tolerance": tolerance}
+                yield from (Job(method, "adaptive", tolerance=tolerance) for tolerance in self.tolerances)
                 continue
-            for name, grid in self.grids.items():
-                for budget in self.nfe:
-                    if budget >= method.calls:
-                        yield method, {"grid": grid, "label": name, "budget": budget}
+            for name, times in self.grids.items():
+                yield from (Job(method, name, times, budget) for budget in self.nfe if budget >= method.calls)
 
 
 def run(
@@ -130,21 +126,21 @@ def _run_problem(problem: Problem, axes: Axes, seed: int, advance: Callable[[str
     case = Case(problem, seed)
     own = torch.get_num_threads()
     torch.set_num_threads(case.threads)
-    seen: dict[tuple[str, str, int], Result] = {}
+    seen: dict[tuple[str, str, int | None], Result] = {}
     try:
-        for method, job in axes.jobs():
-            advance(f"{problem.name}: {method.name}, {job.get('label', 'adaptive')}", 0)
-            if job.get("tolerance", math.inf) < 10 * problem.tolerance and problem.reference is None:
+        for method in axes.methods:
+            advance(f"{problem.name}: what runs are measured against", 0)
+            case.truth_of(method)
+        for job in axes.jobs():
+            advance(f"{problem.name}: {job.method.name}, {job.grid}", 0)
+            if job.tolerance is not None and problem.reference is None and job.tolerance < 10 * problem.tolerance:
                 advance("", 1)  # it would be measured against itself
                 continue
-            same = (method.name, job.get("label", ""), job.get("budget", 0) // method.calls)
-            if job.get("budget") is not None and same in seen:  # budgets that make equal steps
-                result = dataclasses.replace(seen[same], budget=job["budget"])
-            else:
-                result = case.run(method, **job)
-                seen[same] = result
+            same = (job.method.name, job.grid, job.steps)
+            if job.budget is None or same not in seen:
+                seen[same] = case.run(job)
             advance("", 1)
-            yield result
+            yield dataclasses.replace(seen[same], budget=job.budget)  # two budgets may allow the same steps
     finally:
         torch.set_num_threads(own)
 

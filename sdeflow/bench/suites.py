@@ -62,33 +62,22 @@ def digits_exact() -> Problem:
         sample=data.sample,
         centres=images,
         tolerance=1e-8,
-        samples=128,
+        samples=96,
         draws=256,
     )
 
 
 def digits_network() -> Problem:
     """The network for digits that ships with the package, under VP."""
-    try:
-        model = load_model("digits")
-    except FileNotFoundError:
-        images, target = digits()
-        images = images.double()
-        k = [images[target == c].flatten(1) for c in range(10)]
-        mix = GaussianMixture(
-            torch.stack([v.mean(0).reshape(1, 8, 8) for v in k]),
-            torch.stack([torch.cov(v.T) + 0.01 * torch.eye(64) for v in k]),
-        )
-        model = mix.model(VP())
     return Problem(
-        model,
+        load_model("digits"),
         shape=(1, 8, 8),
         name="digits-network",
         title="The digits network that ships with sdeflow, under VP",
-        tolerance=1e-5,
+        tolerance=1e-8,
         samples=64,
         draws=256,
-        target_tolerance=1e-3,
+        target_tolerance=1e-5,
     )
 
 

@@ -136,17 +136,16 @@ def show(results: Sequence[Result]) -> None:
         measure = "median error" if table.kind == "trajectory" else "sliced W2"
         legend = ", ".join(f"{v} {k}" for k, v in short.items())
         floor = "" if table.floor is None else f"; floor {_short(table.floor)}"
-        view = rich.Table(
-            title=f"{table.problem}: {measure} at each budget of model calls, at the best grid",
-            caption=f"grids: {legend}; * below 2 floors, not resolved; spread {table.scale or 0:.2g}{floor}",
-            title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
-        )  # fmt: skip
+        console.print(f"{table.problem}: {measure} at each budget of model calls, at the best grid", highlight=False)
+        view = rich.Table(box=box.SIMPLE_HEAD, pad_edge=False)
         view.add_column("solver", no_wrap=True)
         for budget in table.budgets:
             view.add_column(str(budget), justify="right", no_wrap=True)
         for solver, cells in table.rows.items():
             view.add_row(solver, *(_text(c, short) for c in cells))
         console.print(view)
+        notes = f"grids: {legend}; * below 2 floors, not resolved; spread {table.scale or 0:.2g}{floor}"
+        console.print(notes, highlight=False)
         for solver, runs in groupby(table.adaptive, key=lambda r: r.solver):
             console.print(f"{solver}: {', '.join(map(_point, runs))}", highlight=False)
         console.print()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdeflow.plan import Plan
+from sdeflow.plan import Plan, eta_key
 from sdeflow.sde import Problem
 from sdeflow.solvers.base import LinearSolver, View, refuse_noise, semilinear
 
@@ -87,7 +87,7 @@ class EDMSampler(LinearSolver):
             weights=weights[keep],
             noise=torch.zeros(step.numel(), dtype=torch.float64),
             process=repr(process),
-            eta=repr(semilinear(self.name, problem).eta),
+            eta=eta_key(semilinear(self.name, problem).eta),
             kick_ratio=process.alpha(start) / alpha[:-1],
             kick_noise=kick,
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdeflow.plan import Plan
+from sdeflow.plan import Plan, eta_key
 from sdeflow.sde import SDE, Problem
 from sdeflow.solvers.base import LinearSolver
 
@@ -44,5 +44,5 @@ class EulerMaruyama(LinearSolver):
             noise=scale,
             noise_kind=kind,  # type: ignore[arg-type]
             process=None if made_for is None else repr(made_for),
-            eta=None if made_for is None else repr(getattr(problem, "eta", None)),
+            eta=None if made_for is None else eta_key(getattr(problem, "eta", None)),
         )

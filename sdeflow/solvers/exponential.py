@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdeflow.plan import Plan, corrected_weights, spliced
+from sdeflow.plan import Plan, corrected_weights, eta_key, spliced
 from sdeflow.quadrature import gauss_legendre
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sde import Problem
@@ -110,7 +110,7 @@ class ExponentialMultistep(LinearSolver):
             weights=weights,
             noise=std,
             process=repr(reverse.process),
-            eta=repr(semilinear(self.name, problem).eta),
+            eta=eta_key(semilinear(self.name, problem).eta),
         )
         if ready == 0:
             return multistep
@@ -369,5 +369,5 @@ class DDIM(LinearSolver):
             weights=(alpha[1:] - alpha[:-1] * ratio)[:, None],
             noise=self.eta * sigma[1:] * torch.sqrt(fresh) if self.eta else zero,
             process=repr(process),
-            eta=repr(reverse.eta),
+            eta=eta_key(reverse.eta),
         )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.gaussian import GaussianSDE
-from sdeflow.plan import Plan
+from sdeflow.plan import Plan, eta_key
 from sdeflow.quadrature import gauss_legendre
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sde import Problem
@@ -180,7 +180,7 @@ class ExponentialRK(LinearSolver):
             weights=torch.cat([torch.nn.functional.pad(p.weights, (0, history - p.weights.shape[1])) for p in pieces]),
             noise=torch.zeros(step.numel(), dtype=torch.float64),
             process=repr(process),
-            eta=repr(semilinear(self.name, problem).eta),
+            eta=eta_key(semilinear(self.name, problem).eta),
         )
 
 

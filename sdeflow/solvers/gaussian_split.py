@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sdeflow.model import Model
 from sdeflow.noise import DATA, PATH, Noise
-from sdeflow.plan import Plan, corrected_weights
+from sdeflow.plan import Plan, corrected_weights, eta_key
 from sdeflow.quadrature import gauss_legendre
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sde import Problem
@@ -101,7 +101,7 @@ class GaussianSplit(Solver):
             weights=weights,
             noise=std,
             process=repr(process),
-            eta=repr(reverse.eta),
+            eta=eta_key(reverse.eta),
             shift=torch.as_tensor(self.mean, dtype=torch.float64),
             shift_weight=alpha[1:] - ratio * alpha[:-1] - weights.sum(1),
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdeflow.plan import Plan
+from sdeflow.plan import Plan, eta_key
 from sdeflow.sde import Problem
 from sdeflow.solvers.base import LinearSolver, View, refuse_noise, semilinear
 from sdeflow.variables import Variable, variable
@@ -67,7 +67,7 @@ class InVariable(LinearSolver):
             ratio=inner.ratio * reached / base,
             weights=inner.weights * reached[:, None],
             process=repr(process),
-            eta=repr(semilinear(self.name, problem).eta),
+            eta=eta_key(semilinear(self.name, problem).eta),
         )
 
 

@@ -112,6 +112,9 @@ class _PredictorCorrectorRun:
         self._corrector = solver.corrector
         self._predict = solver.predictor.stepper(problem, x, grid, noise)
         self._score = problem.score_evaluator(grid[1:])
+        last = problem.gaussian.sigma(grid[1:]) if isinstance(problem.process, GaussianSDE) else torch.ones(1)
+        if bool((last == 0).any()):
+            raise ValueError(f"{solver.name}: the score is not finite at sigma = 0: end the grid above it")
         by_level = solver.corrector.size == "level"
         self._sigma = problem.gaussian.sigma(grid[1:]).tolist() if by_level else [0.0] * (grid.numel() - 1)
         draws = (grid.numel() - 1) * solver.corrector.steps
