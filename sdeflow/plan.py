@@ -272,6 +272,7 @@ def spliced(head: Plan, tail: Plan, steps: int) -> Plan:
         ratio=joined("ratio"),
         weights=weights[:, :history].clone(),
         noise=joined("noise"),
+        shift_weight=None if tail.shift_weight is None else joined("shift_weight"),
     )
 
 

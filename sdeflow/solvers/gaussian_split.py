@@ -15,17 +15,19 @@ relatives: Lu et al. 2023, DPM-Solver-v3, a fitted linear part; Wang and Vastola
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model
 from sdeflow.noise import DATA, PATH, Noise
-from sdeflow.plan import Plan, corrected_weights, eta_key
+from sdeflow.plan import Plan, corrected_weights, eta_key, spliced
 from sdeflow.quadrature import gauss_legendre
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sde import Problem
+from sdeflow.solvers import tableaus
 from sdeflow.solvers.adams import lagrange_basis
 from sdeflow.solvers.base import Solver, Stepper, View, semilinear
 
@@ -46,6 +48,9 @@ class GaussianSplit(Solver):
         variance: a number (C = variance I; 0.25 is EDM's assumption of a data standard deviation of 0.5), a tensor of
             the event's shape (diagonal C), or a full covariance (D, D), D the components of an event.
         corrector: correct each step when the next one evaluates, at no further call; the last step is predicted only.
+        start: "ramp" begins with orders 1, 2, ...; "runge-kutta" makes the first `order` steps with the classical method
+            of order 4 in the split variable, three calls more each, which keeps the order as steps shrink (a
+            scalar variance, on the flow).
 
     Raises:
         ValueError: an order outside 1 to 4, or a variance that is negative or not finite.
@@ -55,11 +60,14 @@ class GaussianSplit(Solver):
     mean: Any = 0.0
     variance: Any = 0.25
     corrector: bool = True
+    start: Literal["ramp", "runge-kutta"] = "ramp"
     view: View = "transition"
 
     def __post_init__(self) -> None:
         if isinstance(self.order, bool) or self.order not in (1, 2, 3, 4):
             raise ValueError(f"GaussianSplit: expected order 1 to 4, got {self.order!r}")
+        if self.start not in ("ramp", "runge-kutta"):
+            raise ValueError(f'GaussianSplit: expected start "ramp" or "runge-kutta", got {self.start!r}')
         variance = torch.as_tensor(self.variance, dtype=torch.float64)
         if not bool(torch.isfinite(variance).all()) or (variance.ndim < 2 and bool((variance < 0).any())):
             raise ValueError(f"GaussianSplit: expected a finite variance >= 0, got {self.variance!r}")
@@ -70,7 +78,9 @@ class GaussianSplit(Solver):
         return f"GaussianSplit{kind}({self.order})"
 
     def check(self, problem: Problem) -> None:
-        semilinear(self.name, problem)
+        reverse = semilinear(self.name, problem)
+        if self.start != "ramp" and (reverse.stochastic or not self._scalar):
+            raise ValueError(f"{self.name}: start='runge-kutta' is for the flow (eta = 0) and a scalar variance")
 
     @property
     def _scalar(self) -> bool:
@@ -87,23 +97,33 @@ class GaussianSplit(Solver):
         reverse = semilinear(self.name, problem)
         process, steps = reverse.gaussian, grid.numel() - 1
         variance = torch.as_tensor(self.variance, dtype=torch.float64).reshape(1)
-        table = _table(reverse, grid, variance, self.order, self.corrector)
-        ratio, weights, std = table.ratio[:, 0], table.weights[:, :, 0], table.std[:, 0]
+        ready = min(self.order, steps) if self.start == "runge-kutta" else 0
+        table = _table(reverse, grid, variance, self.order, self.corrector, ready)
         alpha = process.alpha(grid)
+        rows = (grid[:-1], alpha[:-1], alpha[1:], table.ratio[:, 0], table.weights[:, :, 0], table.std[:, 0])
+        multistep = self._plan(reverse, grid, torch.arange(steps), *rows)
+        if ready == 0:
+            return multistep
+        return spliced(self._plan(reverse, grid, *_runge_kutta_rows(process, grid, float(variance))), multistep, ready)
+
+    def _plan(
+        self, reverse: ReverseSDE, grid: Tensor, step: Tensor, times: Tensor, alpha0: Tensor, alpha1: Tensor,
+        ratio: Tensor, weights: Tensor, std: Tensor,
+    ) -> Plan:  # fmt: skip
         return Plan(
             name=self.name,
             view="transition",
-            target=f"split:{float(variance):.17g}",
+            target=f"split:{float(torch.as_tensor(self.variance)):.17g}",
             grid=grid,
-            times=grid[:-1].clone(),
-            step_of_row=torch.arange(steps),
+            times=times.clone(),
+            step_of_row=step,
             ratio=ratio,
             weights=weights,
             noise=std,
-            process=repr(process),
+            process=repr(reverse.process),
             eta=eta_key(reverse.eta),
             shift=torch.as_tensor(self.mean, dtype=torch.float64),
-            shift_weight=alpha[1:] - ratio * alpha[:-1] - weights.sum(1),
+            shift_weight=alpha1 - ratio * alpha0 - weights.sum(1),
         )
 
     def stepper(self, problem: Problem, x: Tensor, grid: Tensor, noise: Noise | None) -> Stepper:
@@ -121,7 +141,37 @@ class _Table:
     weights: Tensor
 
 
-def _table(reverse: ReverseSDE, grid: Tensor, variance: Tensor, order: int, corrector: bool) -> _Table:
+def _runge_kutta_rows(process: GaussianSDE, grid: Tensor, variance: float) -> tuple[Tensor, ...]:
+    """The rows of the classical method for z = (y - mean)/sqrt(v + s^2) in lam, where
+    dz/dlam = s^2 (v + s^2)^(-3/2) rho."""
+    table, steps = tableaus.RK4, grid.numel() - 1
+    stages = len(table.b)
+    lam = process.lam(grid)
+    h = torch.diff(lam)
+    c = torch.tensor([float(v) for v in table.c], dtype=torch.float64)
+    at = lam[:-1, None] + h[:, None] * c
+    times = process.time_of_lam(at)
+    times[:, 0] = grid[:-1]
+    times[:, c == 1] = grid[1:, None]
+    reached = torch.cat([times[:, 1:], grid[1:, None]], dim=1)
+
+    def scale(t: Tensor) -> Tensor:
+        return process.alpha(t) * torch.sqrt(variance + torch.exp(-2 * process.lam(t)))
+
+    slope = torch.exp(-2 * at) / (variance + torch.exp(-2 * at)) ** 1.5
+    weights = torch.zeros(steps, stages, stages, dtype=torch.float64)
+    for i, row in enumerate([*table.a[1:], table.b]):
+        for j, w in enumerate(row):
+            weights[:, i, i - j] = h * float(w) * slope[:, j] * scale(reached[:, i])
+    step = torch.arange(steps).repeat_interleave(stages)
+    start, end = grid[step], reached.flatten()
+    return (
+        step, times.flatten(), process.alpha(start), process.alpha(end), scale(end) / scale(start),
+        weights.flatten(0, 1), torch.zeros(steps * stages, dtype=torch.float64),
+    )  # fmt: skip
+
+
+def _table(reverse: ReverseSDE, grid: Tensor, variance: Tensor, order: int, corrector: bool, ready: int = 0) -> _Table:
     process, steps = reverse.gaussian, grid.numel() - 1
     alpha, lam = process.alpha(grid), process.lam(grid)
     if not bool(torch.isfinite(lam[:-1]).all()):
@@ -143,6 +193,8 @@ def _table(reverse: ReverseSDE, grid: Tensor, variance: Tensor, order: int, corr
     nodes = torch.cat([lam[1:-1, None], lam[back[:-1]]], dim=1)
     used = torch.arange(order + 1) <= count[:-1, None]
     correct = _integrals(alpha, lam, eta2, variance, slice(0, steps - 1), nodes, used)
+    correct[:ready, 0] = 0.0  # steps of the start are not corrected
+    correct[:ready, 1:] = predict[:-1][:ready]
     return _Table(ratio, std, corrected_weights(ratio, predict, correct))
 
 
