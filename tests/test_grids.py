@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import sdeflow as sf
@@ -53,7 +53,7 @@ def test_every_grid_on_every_process_it_fits(grid, name):
             row.make(process, 4)
         return
     few = name == "DiscreteVP(5)" and row.needs == "table"
-    for steps in (1, 2, 4) if few else (1, 2, 7, 50):
+    for steps in (1, 2, 3) if few else (1, 2, 7, 50):
         ts = row.make(process, steps)
         assert ts.shape == (steps + 1,)
         assert ts.dtype == F64
@@ -65,9 +65,10 @@ def test_every_grid_on_every_process_it_fits(grid, name):
 
 
 @pytest.mark.parametrize("grid", [g for g, row in grids.GRIDS.items() if row.needs != "table"])
+@settings(max_examples=30)
 @given(
     steps=st.integers(1, 200), a=st.floats(0, 1), b=st.floats(0, 1),
-    name=st.sampled_from(["VP", "SubVP", "VE", "EDM", "CosineVP", "DiscreteVP", "from_kernel", "subclass by coefficients"]),
+    name=st.sampled_from(["VP", "SubVP", "VE", "EDM", "CosineVP", "DiscreteVP", "from_kernel", "subclass by kernel"]),
 )  # fmt: skip
 def test_any_steps_between_any_ends(grid, steps, a, b, name):
     process = make(name)
@@ -92,7 +93,7 @@ def test_every_grid_is_one_for_solve(grid):
 
 
 def test_the_list_is_complete_and_described():
-    public = {n for n, f in vars(grids).items() if inspect.isfunction(f) and not n.startswith("_")}
+    public = {n for n, f in vars(grids).items() if inspect.isfunction(f) and "sdeflow.grids" in f.__module__}
     assert set(grids.GRIDS) == public
     for name, row in grids.GRIDS.items():
         assert row.make is getattr(grids, name)
@@ -123,7 +124,7 @@ def test_which_grids_fit():
 @pytest.mark.parametrize("process", [sf.VP(), Plain()], ids=["VP", "ODE"])
 def test_grids_by_time_against_numpy(process):
     t0, t1, low = process.t0, process.t1, process.t_min
-    np.testing.assert_allclose(grids.uniform(process, 9), np.linspace(t1, low, 10), rtol=1e-15)
+    np.testing.assert_allclose(grids.uniform(process, 9), np.linspace(t1, low, 10), rtol=1e-14)
     for grid, exponent in ((grids.quadratic, 2), (grids.power, 3)):
         roots = np.linspace((t1 - t0) ** (1 / exponent), (low - t0) ** (1 / exponent), 10)
         np.testing.assert_allclose(grid(process, 9), t0 + roots**exponent, rtol=1e-14, atol=1e-15)
@@ -380,7 +381,7 @@ def test_bad_steps_and_ends_are_one_clear_error(grid):
     for steps in (0, -1):
         with pytest.raises(ValueError, match="steps >= 1"):
             make_grid(process, steps)
-    with pytest.raises(ValueError, match="two different ends, got t_start = t_end = 0.5"):
+    with pytest.raises(ValueError, match=r"two different ends, got t_start = t_end = 0\.5"):
         make_grid(process, 3, 0.5, 0.5)
     for ends in ((1.5, 0.1), (1.0, -0.1), (math.nan, 0.1), (1.0, math.inf)):
         with pytest.raises(ValueError, match=r"both ends in \[0, 1\]"):

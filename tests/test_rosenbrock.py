@@ -213,7 +213,7 @@ def test_the_time_derivative_is_needed_and_there():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_van_der_pol_on_a_grid_where_rk4_explodes(name):
-    """mu = 1000 on the slow branch: 200 steps, where RK4 fails with 10000."""
+    """mu = 1000 on the slow branch: 200 steps, where RK4 fails with 2000."""
     x, span = torch.tensor([[2.0, 0.0]], dtype=F64), (0.0, 500.0)
     problem = VanDerPol(torch.tensor([1000.0], dtype=F64))
     run = solve_ivp(
@@ -221,7 +221,7 @@ def test_van_der_pol_on_a_grid_where_rk4_explodes(name):
     )
     got = sf.solve(problem, x, METHODS[name](), steps=200, t_span=span).x
     np.testing.assert_allclose(got[0].numpy(), run.y[:, -1], rtol=1e-4)
-    exploded = sf.solve(problem, x, sf.solvers.RK4(), steps=10_000, t_span=span, throw=False)
+    exploded = sf.solve(problem, x, sf.solvers.RK4(), steps=2_000, t_span=span, throw=False)
     assert exploded.status.tolist() == [sf.Status.NON_FINITE]
 
 
@@ -370,18 +370,20 @@ def test_a_network_in_a_mode_without_gradients(mode):
     flow = process.probability_flow(model)
     with mode():
         got = sf.solve(flow, start().float(), ROS34PW2(), steps=4).x
+        assert model.nfe == 4 * 5
         again = sf.solve(flow, start().float(), ROS34PW2(), steps=4).x
     assert not got.requires_grad
     assert torch.equal(got, again)
 
 
-def test_a_process_by_its_kernel_alone_works_on_a_grid():
+def test_a_process_by_its_kernel_alone():
     """Its drift differentiates alpha and sigma by reverse mode inside."""
     process = sf.GaussianSDE.from_kernel(torch.cos, lambda t: 0.05 + torch.sin(t), 0.0, 1.4)
     flow = process.probability_flow(sf.problems.EightGaussians().model(process))
     x = start(4)
     want = sf.solve(flow, x, sf.solvers.DOP853(), rtol=1e-9, atol=1e-9).x
     torch.testing.assert_close(sf.solve(flow, x, ROS34PW2(), steps=256).x, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sf.solve(flow, x, ROS34PW2(), rtol=1e-6).x, want, rtol=1e-4, atol=1e-4)
 
 
 # ---- errors

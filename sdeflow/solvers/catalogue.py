@@ -45,6 +45,7 @@ class Row:
         view: of the problem.
         noise: kinds of noise it integrates.
         adaptive: whether it solves to a tolerance.
+        start_calls: model calls that its start-up adds, whatever the number of steps.
         reference: paper and equation.
     """
 
@@ -58,6 +59,7 @@ class Row:
     weak_order: float | None = None
     noise: tuple[str, ...] = ()
     adaptive: bool = False
+    start_calls: int = 0
 
 
 def _runge_kutta(make: Callable[[], RungeKutta]) -> Row:
@@ -110,7 +112,10 @@ CATALOGUE: tuple[Row, ...] = (
         Row(f"DPMSolver({k}S)", partial(DPMSolver, k), k, k, "transition", _DPM, adaptive=k > 1)
         for k in (2, 3)
     ),
-    *(Row(f"DPMSolver({k}M)", partial(DPMSolver, k, True), k, 1, "transition", _DPM) for k in (2, 3)),
+    *(
+        Row(f"DPMSolver({k}M)", partial(DPMSolver, k, True), k, 1, "transition", _DPM, 1, 2, ("diagonal",))
+        for k in (2, 3)
+    ),
     *(
         Row(
             f"DPMSolverPP({k})", partial(DPMSolverPP, k), k, 1, "transition",
@@ -125,9 +130,9 @@ CATALOGUE: tuple[Row, ...] = (
     *(Row(f"DEIS({k})", partial(DEIS, k), k, 1, "transition", _DEIS + " (tAB)") for k in (2, 3, 4)),
     *(Row(f"RhoRK({k})", partial(RhoRK, k), k, k, "transition", _DEIS + " (rhoRK)") for k in (3, 4)),
     *(Row(f"IPNDM({k})", partial(IPNDM, k), k, 1, "transition", _DEIS + " (rhoAB)") for k in (2, 3, 4)),
-    Row("PNDM", PNDM, 4, 1, "transition", "Liu et al. 2022, PNDM, equations 11-12"),
+    Row("PNDM", PNDM, 4, 1, "transition", "Liu et al. 2022, PNDM, equations 11-12", start_calls=9),
     *(
-        Row(f"UniPC({k})", partial(UniPC, k), k + 1, 1, "transition", _UNIPC)
+        Row(f"UniPC({k})", partial(UniPC, k), k + 1, 1, "transition", _UNIPC, 1, 2, ("diagonal",))
         for k in (1, 2, 3)
     ),
     *(

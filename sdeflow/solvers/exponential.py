@@ -76,8 +76,8 @@ class ExponentialMultistep(LinearSolver):
         reverse = semilinear(self.name, problem)
         if self.eta is not None and (callable(reverse.eta) or reverse.eta not in (0, self.eta)):
             raise ValueError(
-                f"{self.name} brings its own eta = {self.eta:g}: expected a problem of eta 0 or {self.eta:g}, "
-                f"got {reverse.eta!r}"
+                f"{self.name} brings its own eta = {self.eta:g}: expected a problem without noise (eta = 0)"
+                f"{f' or of that eta' if self.eta else ''}, got eta = {reverse.eta!r}"
             )
         if self.start == "singlestep" and self.draws_noise(problem):
             raise ValueError(f"{self.name}: start='singlestep' is for the flow (eta = 0); with noise use start='ramp'")
@@ -286,7 +286,7 @@ def DPMSolverFast(nfe: int) -> ExponentialRK:
 
 
 def DEIS(order: int = 3, *, coordinate: Coordinate = "t", lower_order_final: bool = False) -> ExponentialMultistep:
-    """DEIS of order 1 to 4: noise prediction interpolated in t (tAB) or in rho = sigma/alpha (rhoAB).
+    """DEIS of order 1 to 4, for the flow: noise prediction interpolated in t (tAB) or in rho = sigma/alpha (rhoAB).
 
     (Zhang and Chen 2023, Fast sampling of diffusion models with exponential integrator, section 3.3.)
     """

@@ -48,9 +48,9 @@ class GaussianSplit(Solver):
         variance: a number (C = variance I; 0.25 is EDM's assumption of a data standard deviation of 0.5), a tensor of
             the event's shape (diagonal C), or a full covariance (D, D), D the components of an event.
         corrector: correct each step when the next one evaluates, at no further call; the last step is predicted only.
-        start: "ramp" begins with orders 1, 2, ...; "runge-kutta" makes the first `order` steps with the classical method
-            of order 4 in the split variable, three calls more each, which keeps the order as steps shrink (a
-            scalar variance, on the flow).
+        start: "ramp" begins with orders 1, 2, ...; "runge-kutta" makes the first `order` steps with the classical
+            method of order 4 in the split variable, three calls more each, which keeps the order as steps
+            shrink (a scalar variance, on the flow).
 
     Raises:
         ValueError: an order outside 1 to 4, or a variance that is negative or not finite.
