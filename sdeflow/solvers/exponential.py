@@ -77,7 +77,7 @@ class ExponentialMultistep(LinearSolver):
         if self.eta is not None and (callable(reverse.eta) or reverse.eta not in (0, self.eta)):
             raise ValueError(
                 f"{self.name} brings its own eta = {self.eta:g}: expected a problem without noise (eta = 0)"
-                f"{f' or of that eta' if self.eta else ''}, got eta = {reverse.eta!r}"
+                f"{' or of that eta' if self.eta else ''}, got eta = {reverse.eta!r}"
             )
         if self.start == "singlestep" and self.draws_noise(problem):
             raise ValueError(f"{self.name}: start='singlestep' is for the flow (eta = 0); with noise use start='ramp'")
@@ -292,7 +292,7 @@ def DEIS(order: int = 3, *, coordinate: Coordinate = "t", lower_order_final: boo
     """
     kind = {"t": "tAB", "rho": "rhoAB", "lam": "lamAB"}.get(coordinate, coordinate)
     return ExponentialMultistep(
-        order=order, prediction="eps", coordinate=coordinate, lower_order_final=lower_order_final,
+        order=order, prediction="eps", coordinate=coordinate, lower_order_final=lower_order_final, eta=0.0,
         name=f"DEIS-{kind}({order})",
     )  # fmt: skip
 
