@@ -32,8 +32,8 @@ Eta = float | Callable[[Tensor], Any]
 class ReverseSDE(SDE):
     """`process` reversed in time, its score given by `model`, with stochasticity `eta`.
 
-    An SDE on the same clock, integrated from t1 down; reversing it again with the same score and
-    eta gives the forward process back. For a GaussianSDE the drift is one row of the model's table,
+    An SDE on the same clock, integrated from t1 down; reversing it again with the same score and 1/eta
+    (eta for eta = 1) gives the forward process back. For a GaussianSDE the drift is one row of the model's table,
     alpha' x_0 + (sigma' + eta^2 g^2/(2 sigma)) eps, finite wherever the process and prediction are.
 
     Args:
