@@ -1,6 +1,7 @@
 """Solvers: construct one and pass it to `solve` or `sample`; `CATALOGUE` lists all."""
 
 from sdeflow.solvers.adams import Adams, AdamsBashforth, AdamsBashforthMoulton
+from sdeflow.solvers.backends import Scipy, Torchdiffeq
 from sdeflow.solvers.base import LinearSolver, Solver
 from sdeflow.solvers.catalogue import CATALOGUE, Row, by_name
 from sdeflow.solvers.edm import EDMEuler, EDMHeun, EDMSampler
@@ -21,6 +22,7 @@ from sdeflow.solvers.in_variable import InVariable
 from sdeflow.solvers.langevin import Langevin, PredictorCorrector
 from sdeflow.solvers.named import DPM2, IPNDM, LMS, PNDM, RhoRK, StraightABM
 from sdeflow.solvers.restart import Restart, RestartInterval
+from sdeflow.solvers.rosenbrock import Rosenbrock
 from sdeflow.solvers.runge_kutta import (
     DOP853,
     RK4,
@@ -74,11 +76,14 @@ __all__ = [
     "Restart",
     "RestartInterval",
     "RhoRK",
+    "Rosenbrock",
     "Row",
     "RungeKutta",
+    "Scipy",
     "Solver",
     "StraightABM",
     "Tableau",
+    "Torchdiffeq",
     "Tsit5",
     "UniPC",
     "by_name",
