@@ -22,7 +22,7 @@ from sdeflow.solvers.in_variable import InVariable
 from sdeflow.solvers.langevin import Langevin, PredictorCorrector
 from sdeflow.solvers.named import DPM2, IPNDM, LMS, PNDM, RhoRK, StraightABM
 from sdeflow.solvers.restart import Restart, RestartInterval
-from sdeflow.solvers.rosenbrock import Rosenbrock
+from sdeflow.solvers.rosenbrock import ROS2, ROS34PW2, Rosenbrock
 from sdeflow.solvers.runge_kutta import (
     DOP853,
     RK4,
@@ -51,6 +51,8 @@ __all__ = [
     "RK4",
     "RK38",
     "RK45",
+    "ROS2",
+    "ROS34PW2",
     "Adams",
     "AdamsBashforth",
     "AdamsBashforthMoulton",

@@ -15,6 +15,7 @@ from sdeflow.solvers.exponential_rk import ExponentialRK
 from sdeflow.solvers.gaussian_split import GaussianSplit
 from sdeflow.solvers.langevin import Langevin, PredictorCorrector
 from sdeflow.solvers.named import DPM2, IPNDM, PNDM, RhoRK, StraightABM
+from sdeflow.solvers.rosenbrock import ROS2, ROS34PW2
 from sdeflow.solvers.runge_kutta import (
     DOP853,
     RK4,
@@ -91,6 +92,8 @@ CATALOGUE: tuple[Row, ...] = (
             Euler, Midpoint, Heun, Ralston, RK4, RK38, BogackiShampine, RK45, Tsit5, DOP853,
         )
     ),
+    Row("ROS2", ROS2, 2, 3, "drift", ROS2().tableau.reference),
+    Row("ROS34PW2", ROS34PW2, 3, 5, "drift", ROS34PW2().tableau.reference, adaptive=True),
     *(
         Row(f"AdamsBashforth({k})", partial(AdamsBashforth, k), k, 1, "drift", _ADAMS)
         for k in (2, 3, 4, 5)
