@@ -219,8 +219,9 @@ class DiscreteVP(_VariancePreserving):
         return 1 / self.betas.numel()
 
     def index_of_time(self, t: Time) -> Tensor:
-        """The table's index at time t: N t - 1, not below 0."""
-        return torch.clamp(as_time(t) * self.betas.numel() - 1, min=0.0)
+        """The table's index at time t: N t - 1, not below 0; a whole number at every entry, rounding aside."""
+        index = torch.clamp(as_time(t) * self.betas.numel() - 1, min=0.0)
+        return torch.where((index - index.round()).abs() < 1e-9, index.round(), index)
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(index of the interval of t, position in it), an entry itself closing its interval."""
