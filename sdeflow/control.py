@@ -10,8 +10,7 @@ from torch import Tensor
 from sdeflow.noise import Noise
 from sdeflow.sde import Problem, checked_shape
 from sdeflow.solution import Solution, State, Stats, Status
-from sdeflow.solvers.base import Solver
-from sdeflow.solvers.tableaus import Tableau
+from sdeflow.solvers.base import Pair, Solver, per_row
 
 
 class FixedGrid:
@@ -109,7 +108,7 @@ products then use the same kernel, so that who finishes first does not change th
 
 
 class Adaptive:
-    """The march of an embedded Runge-Kutta pair with one time and one step size a sample.
+    """The march of an embedded pair with one time and one step size a sample.
 
     Rejected samples keep their state; finished and failed ones leave the batch, so that they
     neither cost model calls nor touch the others.
@@ -117,15 +116,15 @@ class Adaptive:
 
     def __init__(
         self,
-        tableau: Tableau,
+        pair: Pair,
         problem: Problem,
         x: Tensor,
         t_span: tuple[float, float],
         control: PID,
         save: Tensor | None,
     ) -> None:
-        self._table, self._control = tableau, control
-        self._start, self._end = t_span
+        self._pair, self._control, self._span = pair, control, t_span
+        self._start, self._end = (pair.clock(problem, t) for t in t_span)
         self._sign = 1.0 if self._end > self._start else -1.0
         self._problem = self._whole = problem
         batch, device = x.shape[0], x.device
@@ -149,9 +148,9 @@ class Adaptive:
         self._rows = torch.arange(batch, device=device)
         self._live = torch.ones(batch, dtype=torch.bool, device=device)
         self._y, self._s = x, per_sample(self._start)
-        self._k = self._drift(self._y, self._s)
+        self._k = self._evaluate(self._y, self._s)
         with torch.no_grad():
-            self._h = self._first_step()
+            self._h = pair.first_step(self._evaluate, control.norm, self._y, self._s, self._k, self._end - self._start)
         self._error = per_sample(1.0)
         if self._saved is not None:
             self._record_start(x)
@@ -160,7 +159,8 @@ class Adaptive:
 
     @property
     def state(self) -> State:
-        return State(self._all_states().to(self._dtype), self._times(), self._attempts, None)
+        times = self._pair.time(self._problem, self._clocks())
+        return State(self._all_states().to(self._dtype), times, self._attempts, None)
 
     @property
     def done(self) -> bool:
@@ -171,8 +171,8 @@ class Adaptive:
         left = self._end - self._s
         last = self._h >= left.abs() * (1 - 1e-12)
         h = torch.where(last, left, self._sign * self._h)
-        y, error, stages = self._attempt(h)
-        accept_error = self._control.norm(error, self._y, y)
+        y, errors, last_slope, stages = self._pair.attempt(self._evaluate, self._problem, self._y, self._s, h, self._k)
+        accept_error = self._pair.size([self._control.norm(e, self._y, y) for e in errors])
         finite = torch.isfinite(accept_error)
         accept = self._live & finite & (accept_error <= 1)
         t = torch.where(last, torch.full_like(self._s, self._end), self._s + h)
@@ -182,17 +182,19 @@ class Adaptive:
             self._record(accept, t, h, stages)
 
         previous = torch.clamp(self._error, min=1e-4)
-        factor = self._control.factor(torch.where(finite, accept_error, 1.0), previous, self._order)
+        factor = self._control.factor(torch.where(finite, accept_error, 1.0), previous, self._pair.order)
         # a rejected step never grows; a non-finite one says nothing of the error, so it is quartered
         factor = torch.where(accept, factor, torch.clamp(factor, max=1.0))
         factor = torch.where(finite, factor, 0.25)
         self._h = torch.where(accept & last, self._h, h.abs() * factor)
         self._error = torch.where(accept, accept_error, self._error)
 
-        mask = self._like(accept, y)
+        mask = per_row(accept, y)
         self._y = torch.where(mask, y, self._y)
         self._s = torch.where(accept, t, self._s)
-        self._k = torch.where(mask, self._next_slope(stages), self._k)
+        if last_slope is None:  # the pair does not evaluate at its result
+            last_slope = self._evaluate(self._y, self._s) if bool(accept.any()) else self._k
+        self._k = torch.where(mask, last_slope, self._k)
         self._retire()
 
     def solution(self) -> Solution:
@@ -210,53 +212,12 @@ class Adaptive:
             ),
         )
 
-    # ---- one attempt
-
-    @property
-    def _order(self) -> int:
-        """The order of the local error that steers the step."""
-        return self._table.order
-
-    def _like(self, v: Tensor, x: Tensor) -> Tensor:
-        return v.reshape(-1, *[1] * (x.ndim - 1))
-
-    def _drift(self, x: Tensor, t: Tensor) -> Tensor:
+    def _evaluate(self, x: Tensor, s: Tensor) -> Tensor:
+        """One evaluation of the batch, counted for the samples still running."""
         self._calls += 1
         self._nfe[self._rows] += self._live.to(torch.int64)
         state = x.to(self._dtype)
-        return checked_shape(self._problem.drift(state, self._like(t, x)), state, "the drift").to(x.dtype)
-
-    def _attempt(self, h: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """(result, error estimate, stages) of a step h (batch,)."""
-        table, step = self._table, self._like(h, self._y).to(self._y.dtype)
-        stages = [self._k]
-        for c, row in zip(table.c[1:], table.a[1:], strict=True):
-            y = self._y + step * _combine(row, stages)
-            stages.append(self._drift(y, self._s + float(c) * h))
-        if not table.first_same_as_last:
-            y = self._y + step * _combine(table.b, stages)
-        assert table.b_error is not None
-        return y, step * _combine(table.b_error, stages), stages
-
-    def _next_slope(self, stages: list[Tensor]) -> Tensor:
-        """The drift at the result: the last stage of a first-same-as-last pair."""
-        assert self._table.first_same_as_last
-        return stages[-1]
-
-    def _first_step(self) -> Tensor:
-        """A first step size per sample (Hairer, Norsett and Wanner 1993, Solving ODEs I, section II.4)."""
-        span = abs(self._end - self._start)
-        norm = self._control.norm
-        d0, d1 = norm(self._y, self._y), norm(self._k, self._y)
-        guess = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6 * span, 0.01 * d0 / d1).clamp(max=span)
-        guess = torch.where(torch.isfinite(guess), guess, 1e-6 * span)
-        step = self._sign * guess
-        slope = self._drift(self._y + self._like(step, self._y).to(self._y.dtype) * self._k, self._s + step)
-        d2 = norm(slope - self._k, self._y) / guess
-        most = torch.maximum(d1, d2)
-        h = torch.where(most <= 1e-15, torch.clamp(1e-3 * guess, min=1e-6 * span), (0.01 / most) ** (1 / self._order))
-        h = torch.minimum(100 * guess, h).clamp(max=span)
-        return torch.where(torch.isfinite(h), h, 1e-6 * span)
+        return checked_shape(self._pair.evaluate(self._problem, state, s), state, "the drift").to(x.dtype)
 
     # ---- who is still in the batch
 
@@ -293,13 +254,13 @@ class Adaptive:
 
     def _write_back(self) -> None:
         self._x = self._all_states()
-        self._t = self._times()
+        self._t = self._clocks()
 
     def _all_states(self) -> Tensor:
         rows = self._rows[self._live]
         return self._x if rows.numel() == 0 else self._x.index_copy(0, rows, self._y[self._live])
 
-    def _times(self) -> Tensor:
+    def _clocks(self) -> Tensor:
         return self._t.index_copy(0, self._rows[self._live], self._s[self._live])
 
     # ---- saved times
@@ -314,27 +275,15 @@ class Adaptive:
         assert self._save is not None
         assert self._saved is not None
         passed = accept & (self._s != t)
-        for j, at in enumerate(self._save.tolist()):
-            here = passed & (self._sign * (at - self._s) > 0) & (self._sign * (t - at) >= 0)
-            if bool(here.any()):
-                theta = ((at - self._s) / h)[here]
-                part = [k[here] for k in stages]
-                self._saved[j, self._rows[here]] = self._interpolate(self._y[here], h[here], theta, part)
-
-    def _interpolate(self, y: Tensor, h: Tensor, theta: Tensor, stages: list[Tensor]) -> Tensor:
-        assert self._table.dense is not None
-        value = torch.zeros_like(y)
-        for row, k in zip(self._table.dense, stages, strict=True):
-            weight = sum(float(c) * theta ** (p + 1) for p, c in enumerate(row))
-            value = value + self._like(h * weight, y).to(y.dtype) * k
-        return y + value
-
-
-def _combine(weights: tuple, stages: list[Tensor]) -> Tensor:
-    """sum_j weights_j stages_j, elementwise: the same bits whatever the batch."""
-    total: Tensor | None = None
-    for w, k in zip(weights, stages, strict=False):
-        if w != 0:
-            total = float(w) * k if total is None else torch.add(total, k, alpha=float(w))
-    assert total is not None
-    return total
+        inside = [
+            (j, at, passed & (self._sign * (at - self._s) > 0) & (self._sign * (t - at) >= 0))
+            for j, at in enumerate(self._save.tolist())
+        ]
+        inside = [(j, at, here) for j, at, here in inside if bool(here.any())]
+        if not inside:
+            return
+        stages = self._pair.dense_stages(self._evaluate, self._y, self._s, h, stages)
+        for j, at, here in inside:
+            theta = ((at - self._s) / h)[here]
+            part = [k[here] for k in stages]
+            self._saved[j, self._rows[here]] = self._pair.interpolate(self._y[here], h[here], theta, part)

@@ -183,7 +183,15 @@ class Model:
             wanted: rows (c, d), each (n,).
         """
         given = row_of(self.prediction, self.gaussian, times)
-        ps, qs = (v.tolist() for v in conversion(self.gaussian, times, given, wanted))
+        p, q = conversion(self.gaussian, times, given, wanted)
+        bad = ~(torch.isfinite(p) & torch.isfinite(q))
+        if bool(bad.any()):
+            raise ValueError(
+                f"the prediction {self.prediction!r} does not give what is needed at t = {float(times[bad][0]):g}, "
+                f"where alpha = {float(self.gaussian.alpha(times[bad][0])):g} and sigma = "
+                f"{float(self.gaussian.sigma(times[bad][0])):g}: start or end short of it, or predict x0 or v"
+            )
+        ps, qs = p.tolist(), q.tolist()
         table = self._time_input(times)
         inputs: tuple[Tensor, ...] = ()
 
@@ -193,10 +201,10 @@ class Model:
                 moved = table.to(x.device, x.dtype) if self.expand else table.to(x.device if table.ndim > 1 else "cpu")
                 inputs = moved.unbind()
             time = inputs[k].expand(x.shape[0]) if self.expand else inputs[k]
-            value, p, q = self.raw(x, time), ps[k], qs[k]
-            if p == 0.0:
-                return value if q == 1.0 else q * value
-            return torch.add(q * value, x, alpha=p)
+            value, factor = self.raw(x, time), qs[k]
+            if ps[k] == 0.0:
+                return value if factor == 1.0 else factor * value
+            return torch.add(factor * value, x, alpha=ps[k])
 
         return evaluate
 

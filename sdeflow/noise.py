@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-PATH, PRIOR, CORRECTOR, DATA = 0, 1, 2, 3
-"""Streams: increments of the driving path, the prior, Langevin correctors, draws of a problem's data."""
+PATH, PRIOR, CORRECTOR, DATA, RESTART = 0, 1, 2, 3, 4
+"""Streams: increments of the driving path, the prior, Langevin correctors, draws of a problem's data, restarts."""
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)

@@ -10,11 +10,13 @@ y is where the next row evaluates; after the last row of a step it is the new st
 
 from __future__ import annotations
 
-from collections import deque
+import dataclasses
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -23,6 +25,24 @@ from torch import Tensor
 from sdeflow.noise import PATH, Noise
 from sdeflow.sde import SDE, Problem, multiply_noise, noise_shape
 from sdeflow.solvers.base import LinearSolver, View, refuse_noise, semilinear
+
+_FORMAT = "sdeflow-plan-1"
+_TABLES = {
+    "grid": torch.float64,
+    "times": torch.float64,
+    "step_of_row": torch.int64,
+    "ratio": torch.float64,
+    "weights": torch.float64,
+    "noise": torch.float64,
+    "shift": torch.float64,
+    "shift_weight": torch.float64,
+    "kick_ratio": torch.float64,
+    "kick_noise": torch.float64,
+}
+
+
+def _plain(value: object) -> object:
+    return value.tolist() if isinstance(value, Tensor) else value
 
 
 def eta_key(eta: object) -> float | str | None:
@@ -34,6 +54,8 @@ def eta_key(eta: object) -> float | str | None:
 class Plan(LinearSolver):
     """A linear method on a grid, usable wherever a solver is.
 
+    It prints as its table, is saved as JSON (numbers exact), and knows its model calls before running.
+
     Attributes:
         name: of the method.
         view: the view of the problem it was made from.
@@ -44,6 +66,8 @@ class Plan(LinearSolver):
         ratio, weights, noise: float64 (rows,), (rows, history), (rows,).
         noise_kind: "unit" multiplies `noise` with standard normals, "diffusion" with G(x, t) times them.
         process, eta: what the coefficients belong to (its repr, and `eta_key`); None when they do not depend on it.
+        kick_ratio, kick_noise: (steps,) or None: step i begins from kick_ratio[i] x + kick_noise[i] xi instead of x.
+        shift, shift_weight: a constant of the event's shape (or 0-d) that row k adds times shift_weight[k]; or None.
     """
 
     name: str
@@ -58,8 +82,21 @@ class Plan(LinearSolver):
     process: str | None = None
     eta: float | str | None = None
     view: View = "drift"
+    shift: Tensor | None = None
+    shift_weight: Tensor | None = None
+    kick_ratio: Tensor | None = None
+    kick_noise: Tensor | None = None
 
     def __post_init__(self) -> None:
+        rows, steps = self.times.numel(), self.grid.numel() - 1
+        sizes = {"step_of_row": (rows,), "ratio": (rows,), "weights": (rows, *self.weights.shape[1:]), "noise": (rows,)}
+        for name, size in sizes.items():
+            if tuple(getattr(self, name).shape) != size or self.weights.ndim != 2:
+                raise ValueError(
+                    f"{self.name}: expected {name} of shape {size}, got {tuple(getattr(self, name).shape)}"
+                )
+        if steps < 1 or not torch.equal(torch.unique_consecutive(self.step_of_row), torch.arange(steps)):
+            raise ValueError(f"{self.name}: expected rows for each of the {steps} steps, in order")
         bad = ~(torch.isfinite(self.ratio) & torch.isfinite(self.weights).all(1) & torch.isfinite(self.noise))
         if bool(bad.any()):
             k = int(torch.nonzero(bad)[0])
@@ -94,6 +131,39 @@ class Plan(LinearSolver):
             )
         return "\n".join(lines)
 
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, atomically."""
+        record = {"format": _FORMAT, **{f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(json.dumps(record, indent=1))
+        partial.replace(target)
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan that `save` wrote.
+
+        Raises:
+            ValueError: the file is not such a plan, or its tables do not fit each other.
+        """
+        try:
+            record = json.loads(Path(path).read_text())
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: expected a plan saved as JSON, got {error}") from error
+        if not isinstance(record, dict) or record.pop("format", None) != _FORMAT:
+            raise ValueError(f"{path}: expected a file of format {_FORMAT!r}")
+        names = {f.name for f in fields(Plan)}
+        if set(record) != names:
+            raise ValueError(f"{path}: expected the fields {sorted(names)}, got {sorted(record)}")
+        try:
+            tables = {
+                name: None if record[name] is None else torch.tensor(record[name], dtype=dtype)
+                for name, dtype in _TABLES.items()
+            }
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: expected tables of numbers: {error}") from error
+        return Plan(**{**record, **tables})
+
     def check(self, problem: Problem) -> None:
         if self.view == "transition":
             semilinear(self.name, problem)
@@ -107,7 +177,8 @@ class Plan(LinearSolver):
             refuse_noise(self.name, problem)
 
     def draws_noise(self, problem: Problem) -> bool:
-        return bool((self.noise != 0).any())
+        kicked = self.kick_noise is not None and bool((self.kick_noise != 0).any())
+        return kicked or bool((self.noise != 0).any())
 
     def plan(self, problem: Problem, grid: Tensor) -> Plan:
         if not torch.equal(grid, self.grid):
@@ -127,11 +198,82 @@ class Plan(LinearSolver):
         return [range(a, b) for a, b in pairwise(edges)]
 
     @cached_property
-    def _by_slot(self) -> Tensor:
-        """The weights by slot of a ring buffer that evaluation k enters at slot k mod history."""
-        rows, history = self.weights.shape
-        ages = (torch.arange(rows).unsqueeze(1) - torch.arange(history)) % history
-        return torch.gather(self.weights, 1, ages)
+    def _storage(self) -> tuple[list[int], Tensor]:
+        """(the slot each evaluation is stored in, the weights by slot): no more slots than are ever needed at once."""
+        rows, _history = self.weights.shape
+        needed = torch.nonzero(self.weights).tolist()
+        last = list(range(rows))
+        for row, age in needed:
+            last[row - age] = max(last[row - age], row)
+        slots: list[int] = []
+        free: list[int] = []
+        until: list[int] = []  # the row up to which each slot is taken
+        for row in range(rows):
+            free = [slot for slot, end in enumerate(until) if end < row]
+            if not free:
+                free = [len(until)]
+                until.append(row)
+            slots.append(free[0])
+            until[free[0]] = last[row]
+        by_slot = torch.zeros(rows, len(until), dtype=torch.float64)
+        for row, age in needed:
+            by_slot[row, slots[row - age]] = self.weights[row, age]
+        return slots, by_slot
+
+
+def corrected_weights(ratio: Tensor, predict: Tensor, correct: Tensor) -> Tensor:
+    """The weights of a predictor whose every step is corrected when the next one evaluates, in one row a step.
+
+    The correction of step n, x_c = x_p + sum_j (C_j - P_j) e_j, is known when its end is evaluated; the prediction of
+    step n + 1 starts from x_c = x_p + ..., so it is still one combination of x_p and the evaluations.
+
+    Args:
+        ratio: (steps, ...) of the state.
+        predict: P, (steps, p, ...), newest evaluation first.
+        correct: C, (steps - 1, c, ...), the evaluation at the step's end first.
+    """
+    steps, history = predict.shape[0], max(predict.shape[1] + 1, correct.shape[1])
+    rest = predict.shape[2:]
+    weights = torch.zeros(steps, history, *rest, dtype=torch.float64)
+    change = torch.zeros(steps - 1, history, *rest, dtype=torch.float64)
+    weights[:, : predict.shape[1]] = predict
+    change[:, : correct.shape[1]] = correct
+    change[:, 1 : predict.shape[1] + 1] -= predict[:-1]
+    weights[1:] += ratio[1:, None] * change
+    return weights
+
+
+def spliced(head: Plan, tail: Plan, steps: int) -> Plan:
+    """The first `steps` steps of `head`, then `tail`, one call a step, with its history moved past head's stages.
+
+    Both are of the same grid and target; every step of `head` begins with an evaluation at its start.
+    """
+    if steps == 0:
+        return tail
+    own = head.step_of_row < steps
+    rest = tail.step_of_row >= steps
+    first = torch.cat([torch.ones(1, dtype=torch.bool), torch.diff(head.step_of_row[own]) > 0])
+    # the row that evaluates at the start of each step
+    row_of = torch.cat([torch.nonzero(first).flatten(), int(own.sum()) + torch.arange(int(rest.sum()))])
+    weights = torch.zeros(row_of.numel() - steps + int(own.sum()), int(row_of[-1]) + 1, dtype=torch.float64)
+    weights[: int(own.sum()), : head.weights.shape[1]] = head.weights[own]
+    for n in range(steps, tail.steps):
+        for age in torch.nonzero(tail.weights[n]).flatten().tolist():
+            weights[row_of[n], row_of[n] - row_of[n - age]] = tail.weights[n, age]
+    history = int(torch.nonzero((weights != 0).any(0)).max()) + 1
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(head, name)[own], getattr(tail, name)[rest]])
+
+    return dataclasses.replace(
+        tail,
+        times=joined("times"),
+        step_of_row=joined("step_of_row"),
+        ratio=joined("ratio"),
+        weights=weights[:, :history].clone(),
+        noise=joined("noise"),
+        shift_weight=None if tail.shift_weight is None else joined("shift_weight"),
+    )
 
 
 class PlanRun:
@@ -146,6 +288,14 @@ class PlanRun:
         self._rows = plan._rows
         # 16-bit states are combined in float32: their 8 to 11 bits would swallow the increments
         self._work = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+        self._shift: Tensor | None = None
+        if plan.shift is not None and plan.shift_weight is not None and bool((plan.shift != 0).any()):
+            self._shift = plan.shift.to(dtype=self._work, device=x.device)
+            self._shift_weight = plan.shift_weight.tolist()
+        self._kick: list[tuple[float, float]] | None = None
+        if plan.kick_ratio is not None and plan.kick_noise is not None and noise is not None:
+            self._kick = list(zip(plan.kick_ratio.tolist(), plan.kick_noise.tolist(), strict=True))
+            self._unit = noise.sequence(PATH, plan.steps, x.shape[1:], self._work)
         self._reached = self._returned = torch.empty(0)
         self._combine = _combiner(plan, x, self._work)
         self._add_noise = _noise_adder(plan, problem, x, noise, self._work)
@@ -153,11 +303,16 @@ class PlanRun:
     def step(self, i: int, x: Tensor) -> Tensor:
         # a 16-bit state goes on from what was computed, not from its rounding, unless somebody changed it
         base = self._reached if x is self._returned else x.to(self._work)
+        if self._kick is not None and self._kick[i][1] != 0.0:
+            ratio, std = self._kick[i]
+            base = torch.add(ratio * base, self._unit(i), alpha=std)
         y = base
         for k in self._rows[i]:
             e = self._evaluate(k, y.to(x.dtype))
             self.calls += 1
             y = self._combine(k, base, e)
+            if self._shift is not None:
+                y = torch.add(y, self._shift, alpha=self._shift_weight[k])
             if self._scale[k] != 0.0:
                 y = self._add_noise(k, i, y, x)
         self._reached, self._returned = y, y.to(x.dtype)
@@ -166,34 +321,36 @@ class PlanRun:
 
 def _combiner(plan: Plan, x: Tensor, work: torch.dtype) -> Callable[[int, Tensor, Tensor], Tensor]:
     """`combine(k, base, e)`: enter evaluation k in the history and form row k's combination."""
-    ratio, history = plan.ratio.tolist(), plan.weights.shape[1]
-    weights = plan.weights.tolist()
-    if history == 1:
+    ratio = plan.ratio.tolist()
+    slots, by_slot = plan._storage
+    if by_slot.shape[1] == 1:
+        weight = by_slot[:, 0].tolist()
 
         def single(k: int, base: Tensor, e: Tensor) -> Tensor:
-            return torch.add(base if ratio[k] == 1.0 else ratio[k] * base, e.to(work), alpha=weights[k][0])
+            return torch.add(base if ratio[k] == 1.0 else ratio[k] * base, e.to(work), alpha=weight[k])
 
         return single
 
     if torch.is_grad_enabled():  # no writes into shared buffers: autograd keeps what it needs
-        past: deque[Tensor] = deque(maxlen=history)
+        weights = by_slot.tolist()
+        kept: dict[int, Tensor] = {}
 
         def chain(k: int, base: Tensor, e: Tensor) -> Tensor:
-            past.appendleft(e.to(work))
+            kept[slots[k]] = e.to(work)
             y = ratio[k] * base
-            for w, value in zip(weights[k], past, strict=False):
+            for slot, w in enumerate(weights[k]):
                 if w != 0.0:
-                    y = torch.add(y, value, alpha=w)
+                    y = torch.add(y, kept[slot], alpha=w)
             return y
 
         return chain
 
-    ring = torch.zeros(history, x.numel(), dtype=work, device=x.device)
-    columns, slots = ring.T, plan._by_slot.to(dtype=work, device=x.device).unbind()
+    store = torch.zeros(by_slot.shape[1], x.numel(), dtype=work, device=x.device)
+    columns, rows = store.T, by_slot.to(dtype=work, device=x.device).unbind()
 
     def fused(k: int, base: Tensor, e: Tensor) -> Tensor:
-        ring[k % history].copy_(e.reshape(-1))
-        return torch.addmv(base.reshape(-1), columns, slots[k], beta=ratio[k]).view(base.shape)
+        store[slots[k]].copy_(e.reshape(-1))
+        return torch.addmv(base.reshape(-1), columns, rows[k], beta=ratio[k]).view(base.shape)
 
     return fused
 

@@ -24,6 +24,7 @@ from sdeflow.model import Model, Row, as_model, row_of
 from sdeflow.quadrature import gauss_legendre
 from sdeflow.sde import SDE, Evaluator, Score
 from sdeflow.times import Time, as_time
+from sdeflow.variables import VARIABLES
 
 Eta = float | Callable[[Tensor], Any]
 
@@ -172,7 +173,7 @@ class ReverseSDE(SDE):
         if not isinstance(self.process, GaussianSDE) and target == "drift":
             return super().evaluator(target, times)
         process = self.gaussian
-        row = self._drift_row(process, times) if target == "drift" else row_of(target, process, times)
+        row = self._drift_row(process, times) if target == "drift" else _target_row(target, process, times)
         return self.model.evaluator(times, row)
 
     def score_evaluator(self, times: Tensor) -> Evaluator:
@@ -197,6 +198,17 @@ class ReverseSDE(SDE):
     def check_batch(self, batch: int) -> None:
         self.model.check_batch(batch)
         self.process.check_batch(batch)
+
+
+def _target_row(target: str, process: GaussianSDE, times: Tensor) -> Row:
+    if target in VARIABLES:
+        return VARIABLES[target].row(process, times)
+    if target.startswith(
+        "split:"
+    ):  # x_0 - (v/s) eps, the residual of a Gaussian of variance v (solvers.gaussian_split)
+        variance = float(target.removeprefix("split:"))
+        return torch.ones_like(times), -variance * process.alpha(times) / process.sigma(times)
+    return row_of(target, process, times)
 
 
 def apply_covariance(process: SDE, x: Tensor, t: Tensor, v: Tensor) -> Tensor:

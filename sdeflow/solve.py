@@ -13,8 +13,8 @@ from sdeflow.noise import Noise, fresh_seed
 from sdeflow.plan import Plan
 from sdeflow.sde import Problem
 from sdeflow.solution import Solution, SolveError, State
+from sdeflow.solvers.backends import Backend, March
 from sdeflow.solvers.base import Solver
-from sdeflow.solvers.runge_kutta import RungeKutta
 
 Grid = Tensor | Sequence[float] | Callable[..., Tensor]
 Save = bool | Sequence[float] | Tensor | None
@@ -94,14 +94,14 @@ def iterate(
     return _run(_march(problem, x, solver, steps, grid, rtol, atol, t_span, seed, index, None, max_steps))
 
 
-def _run(march: FixedGrid | Adaptive) -> Iterator[State]:
+def _run(march: March) -> Iterator[State]:
     yield march.state
     while not march.done:
         march.advance()
         yield march.state
 
 
-def _with_progress(states: Iterator[State], march: FixedGrid | Adaptive) -> Iterator[State]:
+def _with_progress(states: Iterator[State], march: March) -> Iterator[State]:
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
@@ -129,18 +129,25 @@ def _march(
     index: int | Tensor | None,
     save: Save,
     max_steps: int,
-) -> FixedGrid | Adaptive:
+) -> March:
     _check_types(problem, x, solver)
     problem.check_batch(x.shape[0])
     solver.check(problem)
     if rtol is not None or atol is not None:
         if steps is not None or grid is not None:
             raise ValueError("expected steps or grid, or rtol and atol, not both")
-        if not (isinstance(solver, RungeKutta) and solver.adaptive):
-            raise ValueError(f"{solver.name} has no error estimate: expected steps or grid, got rtol/atol")
         control = PID(_either(rtol, atol), _either(atol, rtol), max_steps)
         span = _checked_span(problem, t_span)
-        return Adaptive(solver.tableau, problem, x, span, control, _save_times(save, span, x.device))
+        if isinstance(solver, Backend):
+            return solver.march(problem, x, span, control, _save_times(save, span, x.device))
+        pair = solver.pair
+        if pair is None:
+            raise ValueError(f"{solver.name} has no error estimate: expected steps or grid, got rtol/atol")
+        if save is not None and save is not False and not pair.dense:
+            raise ValueError(
+                f"{solver.name} has no dense output: expected save=None, or a grid through the times to save"
+            )
+        return Adaptive(pair, problem, x, span, control, _save_times(save, span, x.device))
     ts = _grid(problem, solver, steps, grid, t_span)
     noise = None
     if solver.draws_noise(problem):

@@ -64,13 +64,7 @@ def _of(row: Row) -> Iterable[Method]:
 METHODS: dict[str, Method] = {m.name: m for row in CATALOGUE for m in _of(row)}
 """Every method by name, in the order of the catalogue."""
 
-GRIDS: dict[str, GridFunction] = {
-    "uniform": grids.uniform,
-    "quadratic": grids.quadratic,
-    "power": grids.power,
-    "logsnr": grids.logsnr,
-    "karras": grids.karras,
-}
+GRIDS: dict[str, GridFunction] = {name: row.make for name, row in grids.GRIDS.items()}
 """Every grid by name."""
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sdeflow.bench.methods import METHODS
 from sdeflow.bench.problem import Problem
 from sdeflow.checkpoints import load_model
 from sdeflow.data import digits
@@ -103,5 +104,48 @@ QUICK = Suite(
     tolerances=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
 )
 
-SUITES: dict[str, Suite] = {"quick": QUICK}
+
+def mixture_8d() -> Problem:
+    """Five Gaussians with full covariances in eight dimensions, under VP."""
+    generator = torch.Generator().manual_seed(0)
+    means = 1.5 * torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    roots = torch.randn(5, 8, 8, generator=generator, dtype=torch.float64)
+    covariances = 0.05 * roots @ roots.mT + 0.02 * torch.eye(8, dtype=torch.float64)
+    return _exact("mixture-8d", "Five Gaussians with full covariances in 8-D", GaussianMixture(means, covariances))
+
+
+def power_law() -> Problem:
+    """Twenty Gaussians with a spectrum like that of images, a tenth of the variance in the means, under VP."""
+    size = 48
+    spectrum = 1 / (1.0 + torch.arange(size, dtype=torch.float64)) ** 1.5
+    spectrum = 0.25 * size * spectrum / spectrum.sum()
+    generator = torch.Generator().manual_seed(1)
+    means = torch.randn(20, size, generator=generator, dtype=torch.float64) * (0.1 * spectrum).sqrt()
+    data = GaussianMixture(means, (0.9 * spectrum).expand(20, size))
+    return _exact("power-law-48d", "Twenty Gaussians with a power-law spectrum in 48-D, nearly one Gaussian", data)
+
+
+def _exact(name: str, title: str, data: GaussianMixture) -> Problem:
+    return Problem(
+        data.model(VP()),
+        shape=data.event,
+        name=name,
+        title=f"{title}, exact score, under VP",
+        sample=data.sample,
+        centres=data.means,
+        tolerance=1e-9,
+        samples=128,
+        draws=256,
+    )
+
+
+ZOO = Suite(
+    problems=(mixture, mixture_8d, power_law, digits_exact),
+    methods=tuple(name for name, method in METHODS.items() if method.eta == 0 and not method.adaptive),
+    grids=("uniform", "quadratic", "power", "logsnr", "karras"),
+    nfe=(5, 8, 10, 15, 20, 30, 50, 100),
+    tolerances=(),
+)
+
+SUITES: dict[str, Suite] = {"quick": QUICK, "zoo": ZOO}
 """Every suite by name."""

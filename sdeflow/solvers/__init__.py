@@ -1,30 +1,93 @@
 """Solvers: construct one and pass it to `solve` or `sample`; `CATALOGUE` lists all."""
 
+from sdeflow.solvers.adams import Adams, AdamsBashforth, AdamsBashforthMoulton
+from sdeflow.solvers.backends import Scipy, Torchdiffeq
 from sdeflow.solvers.base import LinearSolver, Solver
 from sdeflow.solvers.catalogue import CATALOGUE, Row, by_name
+from sdeflow.solvers.edm import EDMEuler, EDMHeun, EDMSampler
 from sdeflow.solvers.euler_maruyama import EulerMaruyama
-from sdeflow.solvers.exponential import DDIM, DDPM, DPMSolverPP, ExponentialMultistep
+from sdeflow.solvers.exponential import (
+    DDIM,
+    DDPM,
+    DEIS,
+    DPMSolver,
+    DPMSolverFast,
+    DPMSolverPP,
+    ExponentialMultistep,
+    UniPC,
+)
+from sdeflow.solvers.exponential_rk import ExponentialRK
+from sdeflow.solvers.gaussian_split import GaussianSplit, estimate_split
+from sdeflow.solvers.in_variable import InVariable
 from sdeflow.solvers.langevin import Langevin, PredictorCorrector
-from sdeflow.solvers.runge_kutta import RK4, RK45, Euler, Heun, RungeKutta
+from sdeflow.solvers.named import DPM2, IPNDM, LMS, PNDM, RhoRK, StraightABM
+from sdeflow.solvers.restart import Restart, RestartInterval
+from sdeflow.solvers.rosenbrock import ROS2, ROS34PW2, Rosenbrock
+from sdeflow.solvers.runge_kutta import (
+    DOP853,
+    RK4,
+    RK38,
+    RK45,
+    BogackiShampine,
+    Euler,
+    Heun,
+    Midpoint,
+    Ralston,
+    RungeKutta,
+    Tsit5,
+)
 from sdeflow.solvers.tableaus import Tableau
 
 __all__ = [
     "CATALOGUE",
     "DDIM",
     "DDPM",
+    "DEIS",
+    "DOP853",
+    "DPM2",
+    "IPNDM",
+    "LMS",
+    "PNDM",
     "RK4",
+    "RK38",
     "RK45",
+    "ROS2",
+    "ROS34PW2",
+    "Adams",
+    "AdamsBashforth",
+    "AdamsBashforthMoulton",
+    "BogackiShampine",
+    "DPMSolver",
+    "DPMSolverFast",
     "DPMSolverPP",
+    "EDMEuler",
+    "EDMHeun",
+    "EDMSampler",
     "Euler",
     "EulerMaruyama",
     "ExponentialMultistep",
+    "ExponentialRK",
+    "GaussianSplit",
     "Heun",
+    "InVariable",
     "Langevin",
     "LinearSolver",
+    "Midpoint",
     "PredictorCorrector",
+    "Ralston",
+    "Restart",
+    "RestartInterval",
+    "RhoRK",
+    "Rosenbrock",
     "Row",
     "RungeKutta",
+    "Scipy",
     "Solver",
+    "StraightABM",
     "Tableau",
+    "Torchdiffeq",
+    "Tsit5",
+    "UniPC",
     "by_name",
+    "estimate_split",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
@@ -27,6 +28,60 @@ class Stepper(Protocol):
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """The state at grid[i + 1] from the state `x` at grid[i]; steps are taken in order."""
+        ...
+
+
+Evaluate = Callable[[Tensor, Tensor], Tensor]
+"""`evaluate(x, s)`: one evaluation of every sample x (batch, *event) at its clock s (batch,)."""
+
+Norm = Callable[..., Tensor]
+
+
+class Pair(Protocol):
+    """An embedded pair: steps of one size a sample, with an error estimate, on a clock of its own."""
+
+    @property
+    def order(self) -> int:
+        """The order of the local error that steers the step."""
+        ...
+
+    def clock(self, problem: Problem, t: float) -> float:
+        """The clock at time t."""
+        ...
+
+    def time(self, problem: Problem, s: Tensor) -> Tensor:
+        """The times of clocks s (batch,)."""
+        ...
+
+    def evaluate(self, problem: Problem, x: Tensor, s: Tensor) -> Tensor:
+        """What the pair combines, at states x and clocks s (batch,)."""
+        ...
+
+    def first_step(self, evaluate: Evaluate, norm: Norm, x: Tensor, s: Tensor, k: Tensor, span: float) -> Tensor:
+        """A first step size per sample, > 0, from the evaluation k at the start."""
+        ...
+
+    def attempt(
+        self, evaluate: Evaluate, problem: Problem, x: Tensor, s: Tensor, h: Tensor, k: Tensor
+    ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
+        """(result, error estimates, evaluation at the result or None, evaluations) of steps h (batch,)."""
+        ...
+
+    def size(self, norms: list[Tensor]) -> Tensor:
+        """The error of each sample from the norms of the estimates."""
+        ...
+
+    @property
+    def dense(self) -> bool:
+        """Whether it interpolates inside a step."""
+        ...
+
+    def dense_stages(self, evaluate: Evaluate, x: Tensor, s: Tensor, h: Tensor, stages: list[Tensor]) -> list[Tensor]:
+        """The evaluations, with those that only dense output needs."""
+        ...
+
+    def interpolate(self, x: Tensor, h: Tensor, theta: Tensor, stages: list[Tensor]) -> Tensor:
+        """The state at s + theta h, theta (batch,) in [0, 1]."""
         ...
 
 
@@ -56,6 +111,16 @@ class Solver(ABC):
     def draws_noise(self, problem: Problem) -> bool:
         """Whether a solve of `problem` needs a seed."""
         return problem.stochastic
+
+    @property
+    def pair(self) -> Pair | None:
+        """The embedded pair with which the method solves to a tolerance; None if it has none."""
+        return None
+
+
+def per_row(v: Tensor, x: Tensor) -> Tensor:
+    """One value a sample (batch,), shaped to broadcast against x (batch, *event)."""
+    return v.reshape(-1, *[1] * (x.ndim - 1))
 
 
 class LinearSolver(Solver):

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from sdeflow.solvers.base import Solver, View
+from sdeflow.solvers.adams import AdamsBashforth, AdamsBashforthMoulton
+from sdeflow.solvers.base import LinearSolver, Solver, View
+from sdeflow.solvers.edm import EDMEuler, EDMHeun
 from sdeflow.solvers.euler_maruyama import EulerMaruyama
-from sdeflow.solvers.exponential import DDIM, DDPM, DPMSolverPP
+from sdeflow.solvers.exponential import DDIM, DDPM, DEIS, DPMSolver, DPMSolverPP, UniPC
+from sdeflow.solvers.exponential_rk import ExponentialRK
+from sdeflow.solvers.gaussian_split import GaussianSplit
 from sdeflow.solvers.langevin import Langevin, PredictorCorrector
-from sdeflow.solvers.runge_kutta import RK4, RK45, Euler, Heun
+from sdeflow.solvers.named import DPM2, IPNDM, PNDM, RhoRK, StraightABM
+from sdeflow.solvers.rosenbrock import ROS2, ROS34PW2
+from sdeflow.solvers.runge_kutta import (
+    DOP853,
+    RK4,
+    RK38,
+    RK45,
+    BogackiShampine,
+    Euler,
+    Heun,
+    Midpoint,
+    Ralston,
+    RungeKutta,
+    Tsit5,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -19,13 +38,15 @@ class Row:
     Attributes:
         name: unique, as in tables and on the command line.
         make: constructor without arguments.
-        order: order of convergence on problems without noise; None if it is not meant for them.
+        order: order of convergence on problems without noise, with a start-up of full order where the method has
+            one (`start`); None if it is not meant for them. A corrector adds one to the order in its name.
         strong_order, weak_order: on problems with noise (additive, the case of Gaussian processes);
             None if it refuses them.
         nfe_per_step: model calls a step on a fixed grid.
         view: of the problem.
         noise: kinds of noise it integrates.
         adaptive: whether it solves to a tolerance.
+        start_calls: model calls that its start-up adds, whatever the number of steps.
         reference: paper and equation.
     """
 
@@ -39,34 +60,101 @@ class Row:
     weak_order: float | None = None
     noise: tuple[str, ...] = ()
     adaptive: bool = False
+    start_calls: int = 0
 
+
+def _runge_kutta(make: Callable[[], RungeKutta]) -> Row:
+    solver = make()
+    used = len(solver.tableau.b) - solver.tableau.first_same_as_last
+    return Row(solver.name, make, solver.order, used, "drift", solver.tableau.reference, adaptive=solver.adaptive)
+
+
+def _exponential(
+    make: Callable[[], LinearSolver], order: float, reference: str, *, calls: int = 1, adaptive: bool = False,
+    weak: float | None = None,
+) -> Row:  # fmt: skip
+    """A method of the transition view; with `weak`, one that also takes the problem's noise."""
+    noise: tuple[str, ...] = () if weak is None else ("diagonal",)
+    strong = None if weak is None else 1
+    return Row(make().name, make, order, calls, "transition", reference, strong, weak, noise, adaptive)
+
+
+_DPM, _DPMPP = "Lu et al. 2022, DPM-Solver", "Lu et al. 2022, DPM-Solver++"
+_DEIS, _UNIPC = "Zhang and Chen 2023, DEIS, section 3.3", "Zhao et al. 2023, UniPC, algorithms 1-3"
+_ETD = "Hochbruck and Ostermann 2005, Explicit exponential Runge-Kutta methods, section 5"
+_EDM = "Karras et al. 2022, EDM, algorithms 1-2"
+_ADAMS = "Hairer, Norsett, Wanner 1993, Solving ODEs I, III.1"
 
 CATALOGUE: tuple[Row, ...] = (
-    Row("Euler", Euler, 1, 1, "drift", Euler().tableau.reference),
-    Row("Heun", Heun, 2, 2, "drift", Heun().tableau.reference),
-    Row("RK4", RK4, 4, 4, "drift", RK4().tableau.reference),
-    Row("RK45", RK45, 5, 6, "drift", RK45().tableau.reference, adaptive=True),
+    *(
+        _runge_kutta(make)
+        for make in (
+            Euler, Midpoint, Heun, Ralston, RK4, RK38, BogackiShampine, RK45, Tsit5, DOP853,
+        )
+    ),
+    Row("ROS2", ROS2, 2, 3, "drift", ROS2().tableau.reference),
+    Row("ROS34PW2", ROS34PW2, 3, 5, "drift", ROS34PW2().tableau.reference, adaptive=True),
+    *(
+        Row(f"AdamsBashforth({k})", partial(AdamsBashforth, k), k, 1, "drift", _ADAMS)
+        for k in (2, 3, 4, 5)
+    ),
+    *(
+        Row(f"AdamsBashforthMoulton({k})", partial(AdamsBashforthMoulton, k), k + 1, 1, "drift", _ADAMS)
+        for k in (1, 2, 3, 4)
+    ),
     Row(
         "EulerMaruyama", EulerMaruyama, 1, 1, "drift", "Maruyama 1955; Kloeden and Platen 1992, section 10.2",
         strong_order=1, weak_order=1, noise=("diagonal", "general"),
     ),
-    Row("DDIM", DDIM, 1, 1, "transition", "Song et al. 2021, DDIM, equation 12"),
+    _exponential(DDIM, 1, "Song et al. 2021, DDIM, equation 12"),
     Row(
         "DDPM", DDPM, None, 1, "transition", "Ho et al. 2020, DDPM, equations 6-7",
         strong_order=1, weak_order=1, noise=("diagonal",),
     ),
-    Row(
-        "DPMSolverPP(1)", lambda: DPMSolverPP(1), 1, 1, "transition", "Lu et al. 2022, DPM-Solver++, equation 8",
-        strong_order=1, weak_order=1, noise=("diagonal",),
+    *(
+        Row(f"DPMSolver({k}S)", partial(DPMSolver, k), k, k, "transition", _DPM, adaptive=k > 1)
+        for k in (2, 3)
     ),
-    Row(
-        "DPMSolverPP(2)", lambda: DPMSolverPP(2), 2, 1, "transition", "Lu et al. 2022, DPM-Solver++, algorithm 2",
-        strong_order=1, weak_order=2, noise=("diagonal",),
+    *(
+        Row(f"DPMSolver({k}M)", partial(DPMSolver, k, True), k, 1, "transition", _DPM, 1, 2, ("diagonal",))
+        for k in (2, 3)
     ),
-    Row(
-        "DPMSolverPP(3)", lambda: DPMSolverPP(3), 3, 1, "transition",
-        "Lu et al. 2022, DPM-Solver++, section 4.2, with the full second difference",
-        strong_order=1, weak_order=2, noise=("diagonal",),
+    *(
+        Row(
+            f"DPMSolverPP({k})", partial(DPMSolverPP, k), k, 1, "transition",
+            _DPMPP + (", with the full second difference" if k == 3 else ""), 1, min(k, 2), ("diagonal",),
+        )
+        for k in (1, 2, 3)
+    ),
+    *(
+        Row(f"DPMSolverPP({k}S)", partial(DPMSolverPP, k, False), k, k, "transition", _DPMPP, adaptive=True)
+        for k in (2, 3)
+    ),
+    *(Row(f"DEIS({k})", partial(DEIS, k), k, 1, "transition", _DEIS + " (tAB)") for k in (2, 3, 4)),
+    *(Row(f"RhoRK({k})", partial(RhoRK, k), k, k, "transition", _DEIS + " (rhoRK)") for k in (3, 4)),
+    *(Row(f"IPNDM({k})", partial(IPNDM, k), k, 1, "transition", _DEIS + " (rhoAB)") for k in (2, 3, 4)),
+    Row("PNDM", PNDM, 4, 1, "transition", "Liu et al. 2022, PNDM, equations 11-12", start_calls=9),
+    *(
+        Row(f"UniPC({k})", partial(UniPC, k), k + 1, 1, "transition", _UNIPC, 1, 2, ("diagonal",))
+        for k in (1, 2, 3)
+    ),
+    *(
+        Row(f"ExponentialRK({k})", partial(ExponentialRK, k), k, calls, "transition", _ETD, adaptive=k in (2, 3))
+        for k, calls in ((2, 2), (3, 3), (4, 5))
+    ),
+    _exponential(DPM2, 2, _DPM + ", algorithm 1", calls=2, adaptive=True),
+    Row("EDMEuler", EDMEuler, 1, 1, "transition", _EDM),
+    Row("EDMHeun", EDMHeun, 2, 2, "transition", _EDM),
+    *(
+        Row(f"StraightABM({k})", partial(StraightABM, k), k + 1, 1, "transition", _ADAMS + ", in x/(alpha + sigma)")
+        for k in (3, 4)
+    ),
+    *(
+        Row(
+            f"GaussianSplit({k})", partial(GaussianSplit, k), k + 1, 1, "transition", "this project: docs/solvers.md",
+            1, 1, ("diagonal",),
+        )
+        for k in (2, 3)
     ),
     Row(
         "EulerMaruyama+Langevin", lambda: PredictorCorrector(EulerMaruyama(), Langevin()), None, 2, "drift",

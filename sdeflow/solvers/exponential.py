@@ -15,14 +15,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdeflow.plan import Plan, eta_key
+from sdeflow.plan import Plan, corrected_weights, eta_key, spliced
 from sdeflow.quadrature import gauss_legendre
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sde import Problem
+from sdeflow.solvers.adams import lagrange_basis
 from sdeflow.solvers.base import LinearSolver, View, semilinear
+from sdeflow.solvers.exponential_rk import ExponentialRK
 
-_STAGES = {1: (0.0,), 2: (0.0, 1 / 2), 3: (0.0, 1 / 3, 2 / 3)}
-"""Positions in lam of a single step's evaluations (Lu et al. 2022, DPM-Solver, algorithms 1 and 2)."""
+Coordinate = Literal["lam", "t", "rho"]
+Second = Literal["exact", "bh1", "bh2"]
 
 _REACH, _POINTS = 40.0, 32
 """The kernel exp(-u) is integrated over u < 40, below which lies all but 4e-18 of it."""
@@ -30,145 +32,151 @@ _REACH, _POINTS = 40.0, 32
 
 @dataclass(frozen=True)
 class ExponentialMultistep(LinearSolver):
-    """Exponential Adams-Bashforth of order 1 to 3 in lam, on the flow or with noise.
+    """Exponential Adams methods of order 1 to 4, on the flow or with noise.
 
-    (Lu et al. 2022, DPM-Solver++, equations 8 and 12; Gonzalez et al. 2023, SEEDS; Xue et al. 2023,
-    SA-Solver, theorem 4.1. The weights integrate the interpolating polynomial exactly; the published
-    third-order multistep takes half its second difference and is of order 2.)
+    (Lu et al. 2022, DPM-Solver++, equations 8 and 12; Zhang and Chen 2023, DEIS, section 3.3; Zhao et al. 2023,
+    UniPC, section 3; Xue et al. 2023, SA-Solver, theorems 4.1 and 4.2. The weights integrate the interpolating
+    polynomial exactly; the published third-order multistep takes half its second difference and is of order 2.)
 
     Args:
-        order: evaluations interpolated, 1 to 3.
+        order: evaluations interpolated, 1 to 4.
         prediction: what is interpolated, "x0" or "eps".
-        multistep: False makes every step a single step of `order` calls; needs eta = 0.
-        start: "ramp" begins with orders 1, 2, ..., one call a step; "singlestep" begins with one
-            single step of full order (order - 1 calls more), which keeps the order as steps
-            shrink; needs eta = 0.
+        coordinate: in what the interpolant is a polynomial: "lam", "t", or "rho" = sigma/alpha.
+        corrector: past evaluations of a corrector that also takes the new one; 0 for none. It corrects each
+            step when the next one evaluates, at no further call; the last step is predicted only.
+        start: "ramp" begins with orders 1, 2, ..., one call a step, which caps the order at 2 as steps shrink (the
+            first steps matter little where the data prediction hardly moves); "singlestep" makes the first order - 1
+            steps with the exponential Runge-Kutta method of that order (`ExponentialRK`), which keeps it;
+            needs eta = 0.
         lower_order_final: end with orders ..., 2, 1, for stability when the last steps are long.
+        second: how two evaluations are combined. "exact" integrates their line; "bh1" and "bh2" are UniPC's
+            hard-wired 1/2 B(h) times the difference quotient, B = h and B = e^h - 1 (bh2 is also the
+            midpoint form of DPM-Solver++(2M)). All are of order 2.
         eta: a stochasticity of the method's own; None reads the problem's.
     """
 
     order: int = 2
     prediction: Literal["x0", "eps"] = "x0"
-    multistep: bool = True
     start: Literal["ramp", "singlestep"] = "ramp"
     lower_order_final: bool = False
     eta: float | None = None
+    coordinate: Coordinate = "lam"
+    corrector: int = 0
+    second: Second = "exact"
     name: str = "ExponentialMultistep"
     view: View = "transition"
 
     def __post_init__(self) -> None:
-        if self.order not in _STAGES:
-            raise ValueError(f"{self.name}: expected order 1, 2 or 3, got {self.order!r}")
-        if self.prediction not in ("x0", "eps"):
-            raise ValueError(f'{self.name}: expected prediction "x0" or "eps", got {self.prediction!r}')
-        if self.start not in ("ramp", "singlestep"):
-            raise ValueError(f'{self.name}: expected start "ramp" or "singlestep", got {self.start!r}')
+        for field, choices in _CHOICES.items():
+            if getattr(self, field) not in choices or isinstance(getattr(self, field), bool):
+                wanted = ", ".join(map(repr, choices))
+                raise ValueError(f"{self.name}: expected {field} one of {wanted}, got {getattr(self, field)!r}")
 
     def check(self, problem: Problem) -> None:
         reverse = semilinear(self.name, problem)
         if self.eta is not None and (callable(reverse.eta) or reverse.eta not in (0, self.eta)):
             raise ValueError(
-                f"{self.name} brings its own eta = {self.eta:g}: expected a problem of eta 0 or {self.eta:g}, "
-                f"got {reverse.eta!r}"
+                f"{self.name} brings its own eta = {self.eta:g}: expected a problem without noise (eta = 0)"
+                f"{' or of that eta' if self.eta else ''}, got eta = {reverse.eta!r}"
             )
-        if self._single_steps and self.draws_noise(problem):
-            raise ValueError(
-                f"{self.name}: single steps are for the flow (eta = 0); with noise use multistep=True and start='ramp'"
-            )
+        if self.start == "singlestep" and self.draws_noise(problem):
+            raise ValueError(f"{self.name}: start='singlestep' is for the flow (eta = 0); with noise use start='ramp'")
 
     def draws_noise(self, problem: Problem) -> bool:
         return problem.stochastic if self.eta is None else self.eta != 0
-
-    @property
-    def _single_steps(self) -> bool:
-        return self.order > 1 and (not self.multistep or self.start == "singlestep")
 
     def plan(self, problem: Problem, grid: Tensor) -> Plan:
         reverse = semilinear(self.name, problem)
         if self.eta is not None:
             reverse = reverse.process.reverse(reverse.model, self.eta)
-        layout = self._layout(reverse, grid)
-        base, target, orders = grid[layout.step], layout.target, layout.order
-        ratio, _, _, std = reverse.transition(base, target, self.prediction)
-        ends_step = torch.cat([torch.diff(layout.step) > 0, torch.ones(1, dtype=torch.bool)])
-        return Plan(
+        steps = grid.numel() - 1
+        ratio, _, _, std = reverse.transition(grid[:-1], grid[1:], self.prediction)
+        left = steps - torch.arange(steps)
+        count = torch.clamp(torch.arange(steps) + 1, max=self.order)
+        count = torch.minimum(count, left) if self.lower_order_final else count
+        used = torch.arange(self.order) < count[:, None]
+        weights = self._weights(reverse, grid[:-1], grid[1:], _back(grid[:-1], self.order), used)
+        ready = min(self.order - 1, steps) if self.start == "singlestep" else 0
+        if self.corrector and steps > 1:
+            weights = self._corrected(reverse, grid, ratio, weights, ready)
+        multistep = Plan(
             name=self.name,
             view="transition",
             target=self.prediction,
             grid=grid,
-            times=layout.times,
-            step_of_row=layout.step,
+            times=grid[:-1].clone(),
+            step_of_row=torch.arange(steps),
             ratio=ratio,
-            weights=interpolation_weights(reverse, base, target, layout.times, orders, self.prediction),
-            noise=torch.where(ends_step, std, torch.zeros_like(std)),
+            weights=weights,
+            noise=std,
             process=repr(reverse.process),
             eta=eta_key(semilinear(self.name, problem).eta),
         )
+        if ready == 0:
+            return multistep
+        return spliced(ExponentialRK(self.order, self.prediction, self.name).plan(problem, grid), multistep, ready)
 
-    def _layout(self, reverse: ReverseSDE, grid: Tensor) -> _Layout:
-        """When each row evaluates, where its combination leads, and through how many evaluations."""
-        process, steps = reverse.gaussian, grid.numel() - 1
-        lam = process.lam(grid)
-        single = range(steps) if not self.multistep else range(1 if self._single_steps else 0)
-        times: list[Tensor] = []
-        targets: list[Tensor] = []
-        step: list[int] = []
-        order: list[int] = []
-        for i in range(steps):
-            final = steps - i if self.lower_order_final else self.order
-            if i not in single:
-                calls = len(times) + 1
-                times.append(grid[i])
-                targets.append(grid[i + 1])
-                order.append(min(self.order, calls, final))
-                step.append(i)
-                continue
-            stages = _STAGES[min(self.order, final)]
-            if len(stages) > 1 and not bool(torch.isfinite(lam[i : i + 2]).all()):
-                raise ValueError(
-                    f"{self.name}: a single step of order {len(stages)} needs a finite lam at both ends; "
-                    f"lam is {float(lam[i]):g} and {float(lam[i + 1]):g} on step {i}"
-                )
-            inner = [process.time_of_lam(lam[i] + r * (lam[i + 1] - lam[i])) for r in stages[1:]]
-            points = [grid[i], *inner, grid[i + 1]]
-            times += points[:-1]
-            targets += points[1:]
-            order += range(1, len(stages) + 1)
-            step += [i] * len(stages)
-        return _Layout(torch.stack(times), torch.stack(targets), torch.tensor(step), torch.tensor(order))
+    def _weights(self, reverse: ReverseSDE, t0: Tensor, t1: Tensor, nodes: Tensor, used: Tensor) -> Tensor:
+        return interpolation_weights(reverse, t0, t1, nodes, used, self.prediction, self.coordinate, self.second)
+
+    def _corrected(self, reverse: ReverseSDE, grid: Tensor, ratio: Tensor, predict: Tensor, ready: int) -> Tensor:
+        """The weights with the correction of each step after the first `ready` entered in the next step's."""
+        past = min(self.corrector, grid.numel() - 1)
+        nodes = torch.cat([grid[1:-1, None], _back(grid[:-2], past)], dim=1)
+        count = torch.clamp(torch.arange(grid.numel() - 2) + 1, max=past)
+        used = torch.arange(past + 1) <= count[:, None]
+        correct = self._weights(reverse, grid[:-2], grid[1:-1], nodes, used)
+        width = max(correct.shape[1], predict.shape[1] + 1)
+        correct = torch.nn.functional.pad(correct, (0, width - correct.shape[1]))
+        correct[:ready, 0] = 0.0
+        correct[:ready, 1 : predict.shape[1] + 1] = predict[:ready]
+        return corrected_weights(ratio, predict, correct)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    times: Tensor
-    target: Tensor
-    step: Tensor
-    order: Tensor
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "order": (1, 2, 3, 4),
+    "prediction": ("x0", "eps"),
+    "coordinate": ("lam", "t", "rho"),
+    "corrector": (0, 1, 2, 3, 4),
+    "start": ("ramp", "singlestep"),
+    "second": ("exact", "bh1", "bh2"),
+}
+
+
+def _back(times: Tensor, count: int) -> Tensor:
+    """The newest `count` of the evaluations up to each row, (rows, count); the first repeats where none is."""
+    return times[(torch.arange(times.numel())[:, None] - torch.arange(count)).clamp(min=0)]
 
 
 def interpolation_weights(
-    reverse: ReverseSDE, t0: Tensor, t1: Tensor, times: Tensor, orders: Tensor, prediction: str
+    reverse: ReverseSDE,
+    t0: Tensor,
+    t1: Tensor,
+    nodes: Tensor,
+    used: Tensor,
+    prediction: str,
+    coordinate: Coordinate = "lam",
+    second: Second = "exact",
 ) -> Tensor:
-    """Weights (rows, max order) of the last evaluations in each row's step from t0 to t1.
+    """Weights (rows, count) of evaluations at times `nodes` (rows, count) in steps from t0 to t1 (rows,).
 
-    W_j = amp int_{lam0}^{lam1} c exp(-c (lam1 - v)) l_j(v) dv, with l_j the Lagrange polynomial of
-    the evaluation j rows back through the newest `orders` of them. The substitution to the distance
-    u >= 0 from the kernel's heavy end makes every integrand smooth and positive: no cancellation
-    for short steps, no overflow for long ones. Evaluations at an infinite lam get no weight unless
-    they are the only one; a step to lam = infinity extrapolates no further than constantly.
+    W_j = amp int_{lam0}^{lam1} c exp(-c (lam1 - v)) l_j(v) dv, with l_j the Lagrange polynomials, in the
+    coordinate, through the `used` nodes. The substitution to the distance u >= 0 from the kernel's heavy end
+    makes every integrand smooth and positive: no cancellation for short steps, no overflow for long ones.
+    Evaluations at an infinite lam get no weight unless they are the only one; a step to lam = infinity
+    extrapolates no further than constantly.
     """
-    process, history = reverse.gaussian, int(orders.max())
-    lam0, lam1, lam = process.lam(t0), process.lam(t1), process.lam(times)
-    rows = torch.arange(times.numel())
-    nodes = lam[(rows[:, None] - torch.arange(history)).clamp(min=0)]
-    used = (torch.arange(history) < orders[:, None]) & torch.isfinite(nodes)
+    process = reverse.gaussian
+    lam0, lam1, lam = process.lam(t0), process.lam(t1), process.lam(nodes)
+    used = used & torch.isfinite(lam)
+    newest = torch.zeros_like(used)
+    newest[:, 0] = True
     alone = ~used.any(1) | ~torch.isfinite(lam1) | ~torch.isfinite(lam0)
-    used[alone] = False
-    used[alone, 0] = True
+    used = torch.where(alone[:, None], newest, used)
 
     _, amp, c, _ = reverse.transition(t0, t1, prediction)
     h = lam1 - lam0
-    points, weights = gauss_legendre(_POINTS)
+    points, rule = gauss_legendre(_POINTS)
     if prediction == "x0":
         reach = torch.clamp(c * h, max=_REACH)
         u = reach[:, None] * points
@@ -179,17 +187,54 @@ def interpolation_weights(
         eta2 = reverse.mean_eta2(t0, t1)
         front = -(1 + eta2) * process.alpha(t1) * process.sigma(t0) / process.alpha(t0)
         v = lam0[:, None] + u
-    kernel = front[:, None] * reach[:, None] * weights * torch.exp(-u)
+    kernel = front[:, None] * reach[:, None] * rule * torch.exp(-u)
 
-    columns = []
-    for j in range(history):
-        basis = used[:, j, None].to(torch.float64).expand_as(v)
-        for i in range(history):
-            if i != j:
-                factor = (v - nodes[:, i, None]) / (nodes[:, j] - nodes[:, i])[:, None]
-                basis = torch.where((used[:, i] & used[:, j])[:, None], basis * factor, basis)
-        columns.append((kernel * torch.where(used[:, j, None], basis, 0.0)).sum(1))
-    return torch.stack(columns, dim=1)
+    if coordinate == "lam":
+        at, places = v, lam
+    elif coordinate == "rho":
+        at, places = torch.exp(-v), torch.exp(-lam)
+    else:
+        at, places = process.time_of_lam(torch.where(torch.isfinite(v), v, lam0[:, None])), nodes
+    weights = torch.stack([(kernel * b).sum(1) for b in lagrange_basis(at, places, used)], dim=1)
+    if second == "exact":
+        return weights
+    return _hard_wired(weights, kernel.sum(1), front, h, lam, lam0, used, second, prediction)
+
+
+def _hard_wired(
+    weights: Tensor, total: Tensor, front: Tensor, h: Tensor, lam: Tensor, lam0: Tensor, used: Tensor, second: str,
+    prediction: str,
+) -> Tensor:  # fmt: skip
+    """UniPC's two-point rows: N_0 total + 1/2 B(h) (N_1 - N_0)/r, N_0 at the step's start, r = (lam_1 - lam_0)/h.
+
+    (Zhao et al. 2023, UniPC, section 3.3: rho = 1/2 for the predictor of order 2 and the corrector of order 1.)
+    """
+    rows = used.sum(1) == 2
+    start = used & (lam == lam0[:, None])  # the evaluation at the step's start
+    other = used & ~start
+    r = (torch.where(other, lam, 0.0).sum(1) - lam0) / h
+    if second == "bh2":
+        slope = 0.5 * total / r
+    else:  # B = h: alpha h in data prediction, -sigma h in noise prediction
+        scale = front if prediction == "x0" else front * torch.exp(-h)
+        slope = 0.5 * scale * h / r
+    line = start * (total - slope)[:, None] + other * slope[:, None]
+    return torch.where(rows[:, None], line, weights)
+
+
+def DPMSolver(
+    order: int = 2,
+    multistep: bool = False,
+    *,
+    start: Literal["ramp", "singlestep"] = "ramp",
+    lower_order_final: bool = False,
+    second: Literal["exact", "bh1", "bh2", "midpoint"] = "exact",
+) -> ExponentialMultistep | ExponentialRK:
+    """DPM-Solver of order 1 to 3 in noise prediction, single steps unless `multistep` (Lu et al. 2022, DPM-Solver).
+
+    Arguments as in `ExponentialMultistep`, and in `ExponentialRK` for single steps.
+    """
+    return _dpm_solver("DPMSolver", "eps", order, multistep, start, lower_order_final, second)
 
 
 def DPMSolverPP(
@@ -198,14 +243,75 @@ def DPMSolverPP(
     *,
     start: Literal["ramp", "singlestep"] = "ramp",
     lower_order_final: bool = False,
-) -> ExponentialMultistep:
-    """DPM-Solver++ of order 1 to 3 in data prediction; reads the problem's eta (SDE-DPM-Solver++ for 1).
+    second: Literal["exact", "bh1", "bh2", "midpoint"] = "exact",
+) -> ExponentialMultistep | ExponentialRK:
+    """DPM-Solver++ of order 1 to 3 in data prediction; multistep, it reads the problem's eta.
 
-    (Lu et al. 2022, DPM-Solver++.) Arguments as in `ExponentialMultistep`.
+    (Lu et al. 2022, DPM-Solver++; eta = 1 is SDE-DPM-Solver++. `second="midpoint"` is its 2M and 2S as published.)
+    Arguments as in `ExponentialMultistep`, and in `ExponentialRK` for single steps, which are for the flow.
+    """
+    return _dpm_solver("DPMSolverPP", "x0", order, multistep, start, lower_order_final, second)
+
+
+def _dpm_solver(
+    name: str,
+    prediction: Literal["x0", "eps"],
+    order: int,
+    multistep: bool,
+    start: Literal["ramp", "singlestep"],
+    lower_order_final: bool,
+    second: Literal["exact", "bh1", "bh2", "midpoint"],
+) -> ExponentialMultistep | ExponentialRK:
+    if isinstance(order, bool) or order not in (1, 2, 3):
+        raise ValueError(f"{name}: expected order 1, 2 or 3, got {order!r}")
+    label = f"{name}({order}{'M' if multistep else 'S'})"
+    if multistep:
+        return ExponentialMultistep(
+            order, prediction, start, lower_order_final, second="bh2" if second == "midpoint" else second, name=label
+        )
+    if start != "ramp" or second in ("bh1", "bh2"):
+        raise ValueError(f"{label}: single steps take no start, and second as 'exact' or 'midpoint'")
+    finals = tuple(range(order, 0, -1)) if lower_order_final else ()
+    return ExponentialRK(order, prediction, label, "midpoint" if second == "midpoint" else "exact", finals)
+
+
+def DPMSolverFast(nfe: int) -> ExponentialRK:
+    """DPM-Solver-fast: single steps of order 3 and one or two of lower order, `nfe` calls in `nfe // 3 + 1` steps.
+
+    (Lu et al. 2022, DPM-Solver, section 3.4.) Solve with `steps = nfe // 3 + 1`.
+    """
+    if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 3:
+        raise ValueError(f"DPMSolverFast: expected nfe >= 3, got {nfe!r}")
+    return ExponentialRK(3, "eps", "DPMSolverFast", final_orders=((2, 1), (1,), (2,))[nfe % 3])
+
+
+def DEIS(order: int = 3, *, coordinate: Coordinate = "t", lower_order_final: bool = False) -> ExponentialMultistep:
+    """DEIS of order 1 to 4, for the flow: noise prediction interpolated in t (tAB) or in rho = sigma/alpha (rhoAB).
+
+    (Zhang and Chen 2023, Fast sampling of diffusion models with exponential integrator, section 3.3.)
+    """
+    kind = {"t": "tAB", "rho": "rhoAB", "lam": "lamAB"}.get(coordinate, coordinate)
+    return ExponentialMultistep(
+        order=order, prediction="eps", coordinate=coordinate, lower_order_final=lower_order_final, eta=0.0,
+        name=f"DEIS-{kind}({order})",
+    )  # fmt: skip
+
+
+def UniPC(
+    order: int = 3,
+    variant: Literal["exact", "bh1", "bh2"] = "bh2",
+    prediction: Literal["x0", "eps"] = "x0",
+    *,
+    corrector: bool = True,
+    lower_order_final: bool = False,
+) -> ExponentialMultistep:
+    """UniPC of order 1 to 4: the predictor UniP of `order` and the corrector UniC of order + 1, one call a step.
+
+    (Zhao et al. 2023, UniPC, equations 3 and 9; `variant` is its B(h), which enters where two evaluations meet.)
     """
     return ExponentialMultistep(
-        order=order, prediction="x0", multistep=multistep, start=start,
-        lower_order_final=lower_order_final, name=f"DPMSolverPP({order}{'M' if multistep else 'S'})",
+        order=order, prediction=prediction, corrector=order if corrector else 0, second=variant,
+        lower_order_final=lower_order_final, name=f"UniP{'C' if corrector else ''}({order})",
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from sdeflow.plan import Plan
 from sdeflow.sde import Problem
 from sdeflow.solvers import tableaus
 from sdeflow.solvers.base import LinearSolver, refuse_noise
+from sdeflow.solvers.embedded import RungeKuttaPair
 from sdeflow.solvers.tableaus import Tableau
 
 
@@ -33,9 +34,13 @@ class RungeKutta(LinearSolver):
         return self.tableau.order
 
     @property
+    def pair(self) -> RungeKuttaPair | None:
+        return None if self.tableau.b_error is None else RungeKuttaPair(self.tableau)
+
+    @property
     def adaptive(self) -> bool:
         """Whether it has an error estimate, for solving to a tolerance."""
-        return self.tableau.b_error is not None
+        return self.pair is not None
 
     def __repr__(self) -> str:
         return f"{self.name}()"
@@ -71,6 +76,16 @@ def Euler() -> RungeKutta:
     return RungeKutta(tableaus.EULER)
 
 
+def Midpoint() -> RungeKutta:
+    """The explicit midpoint rule. Order 2, 2 calls a step."""
+    return RungeKutta(tableaus.MIDPOINT)
+
+
+def Ralston() -> RungeKutta:
+    """Ralston's method, of smallest error bound in its class. Order 2, 2 calls a step."""
+    return RungeKutta(tableaus.RALSTON)
+
+
 def Heun() -> RungeKutta:
     """Heun's method (the explicit trapezoid). Order 2, 2 calls a step."""
     return RungeKutta(tableaus.HEUN)
@@ -79,6 +94,26 @@ def Heun() -> RungeKutta:
 def RK4() -> RungeKutta:
     """The classical Runge-Kutta method. Order 4, 4 calls a step."""
     return RungeKutta(tableaus.RK4)
+
+
+def RK38() -> RungeKutta:
+    """Kutta's 3/8 rule. Order 4, 4 calls a step."""
+    return RungeKutta(tableaus.RK38)
+
+
+def BogackiShampine() -> RungeKutta:
+    """Bogacki and Shampine's 3(2) pair with dense output. Order 3, 3 calls a step; adaptive with rtol, atol."""
+    return RungeKutta(tableaus.BOGACKI_SHAMPINE)
+
+
+def Tsit5() -> RungeKutta:
+    """Tsitouras' 5(4) pair with dense output. Order 5, 6 calls a step; adaptive with rtol, atol."""
+    return RungeKutta(tableaus.TSITOURAS)
+
+
+def DOP853() -> RungeKutta:
+    """Dormand and Prince's 8(5,3) method, dense output of order 7. Order 8, 12 calls a step; adaptive."""
+    return RungeKutta(tableaus.DORMAND_PRINCE_8)
 
 
 def RK45() -> RungeKutta:

@@ -1,7 +1,8 @@
 """Butcher tableaus, data only; `RungeKutta` derives what follows from them and checks their sums.
 
-`b_error` are the weights of the error estimate, b - b_hat; `dense` row i holds the coefficients of
-theta, theta^2, ... of the weight of stage i at x(t + theta h).
+`b_error` are the weights of the error estimate, b - b_hat; with a second one of lower order, `b_error_low`,
+the estimate is |e|^2/sqrt(|e|^2 + 0.01 |e_low|^2). `dense` row i holds the coefficients of theta, theta^2, ...
+of the weight of stage i at x(t + theta h), over the stages and the `extra_` ones, which only dense output needs.
 """
 
 from __future__ import annotations
@@ -9,6 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction as F
+
+import numpy as np
+
+from sdeflow.solvers import dop853
 
 Coefficient = float | F
 
@@ -32,7 +37,10 @@ class Tableau:
     a: tuple[tuple[Coefficient, ...], ...]
     b: tuple[Coefficient, ...]
     b_error: tuple[Coefficient, ...] | None = None
+    b_error_low: tuple[Coefficient, ...] | None = None
     dense: tuple[tuple[Coefficient, ...], ...] | None = None
+    extra_c: tuple[Coefficient, ...] = ()
+    extra_a: tuple[tuple[Coefficient, ...], ...] = ()
     reference: str = ""
 
     def __post_init__(self) -> None:
@@ -45,8 +53,9 @@ class Tableau:
         for c, row in zip(self.c, self.a, strict=True):
             if abs(_sum(row) - float(c)) > 1e-14:
                 raise ValueError(f"{self.name}: expected sum_j a_ij = c_i = {float(c)}, got {_sum(row)}")
-        if self.b_error is not None and abs(_sum(self.b_error)) > 1e-14:
-            raise ValueError(f"{self.name}: expected sum(b_error) = 0, got {_sum(self.b_error)}")
+        for error in (self.b_error, self.b_error_low):
+            if error is not None and abs(_sum(error)) > 1e-14:
+                raise ValueError(f"{self.name}: expected sum(b_error) = 0, got {_sum(error)}")
 
     @property
     def first_same_as_last(self) -> bool:
@@ -59,6 +68,36 @@ EULER = Tableau("Euler", 1, (0,), ((),), (1,), reference="Hairer, Norsett, Wanne
 HEUN = Tableau(
     "Heun", 2, (0, 1), ((), (1,)), (F(1, 2), F(1, 2)),
     reference="Hairer, Norsett, Wanner 1993, Solving ODEs I, II.1 (improved Euler)",
+)  # fmt: skip
+
+MIDPOINT = Tableau(
+    "Midpoint", 2, (0, F(1, 2)), ((), (F(1, 2),)), (0, 1),
+    reference="Hairer, Norsett, Wanner 1993, Solving ODEs I, II.1 (Runge's method)",
+)  # fmt: skip
+
+RALSTON = Tableau(
+    "Ralston", 2, (0, F(2, 3)), ((), (F(2, 3),)), (F(1, 4), F(3, 4)),
+    reference="Ralston 1962, Runge-Kutta methods with minimum error bounds",
+)  # fmt: skip
+
+KUTTA3 = Tableau(
+    "Kutta3", 3, (0, F(1, 2), 1), ((), (F(1, 2),), (-1, 2)), (F(1, 6), F(2, 3), F(1, 6)),
+    reference="Kutta 1901; Hairer, Norsett, Wanner 1993, Solving ODEs I, II.1",
+)  # fmt: skip
+
+RK38 = Tableau(
+    "RK38", 4, (0, F(1, 3), F(2, 3), 1), ((), (F(1, 3),), (F(-1, 3), 1), (1, -1, 1)),
+    (F(1, 8), F(3, 8), F(3, 8), F(1, 8)),
+    reference="Hairer, Norsett, Wanner 1993, Solving ODEs I, table 1.2 (3/8 rule)",
+)  # fmt: skip
+
+BOGACKI_SHAMPINE = Tableau(
+    "BogackiShampine", 3, (0, F(1, 2), F(3, 4), 1),
+    ((), (F(1, 2),), (0, F(3, 4)), (F(2, 9), F(1, 3), F(4, 9))),
+    (F(2, 9), F(1, 3), F(4, 9), 0),
+    b_error=(F(-5, 72), F(1, 12), F(1, 9), F(-1, 8)),
+    dense=((1, F(-4, 3), F(5, 9)), (0, 1, F(-2, 3)), (0, F(4, 3), F(-8, 9)), (0, -1, 1)),
+    reference="Bogacki and Shampine 1989, A 3(2) pair of Runge-Kutta formulas",
 )  # fmt: skip
 
 RK4 = Tableau(
@@ -91,4 +130,80 @@ DORMAND_PRINCE = Tableau(
         (0, F(40617522, 29380423), F(-110615467, 29380423), F(69997945, 29380423)),
     ),
     reference="Dormand and Prince 1980, A family of embedded Runge-Kutta formulae, table 2",
+)  # fmt: skip
+
+_TSIT5_B = (
+    0.09646076681806523, 0.01, 0.4798896504144996, 1.379008574103742, -3.290069515436081, 2.324710524099774,
+)  # fmt: skip
+
+
+def _monomials(*factors: tuple[float, ...]) -> tuple[float, ...]:
+    """The coefficients of theta, theta^2, ... of a product of polynomials without constant term."""
+    product = np.polynomial.polynomial.Polynomial([1.0])
+    for factor in factors:
+        product = product * np.polynomial.polynomial.Polynomial(factor)
+    return tuple(product.coef[1:].tolist())
+
+
+_SQUARE = (0.0, 0.0, 1.0)
+
+TSITOURAS = Tableau(
+    "Tsit5", 5, (0, 0.161, 0.327, 0.9, 0.9800255409045097, 1, 1),
+    (
+        (),
+        (0.161,),
+        (-0.008480655492356989, 0.335480655492357),
+        (2.8971530571054935, -6.359448489975075, 4.3622954328695815),
+        (5.325864828439257, -11.748883564062828, 7.4955393428898365, -0.09249506636175525),
+        (5.86145544294642, -12.92096931784711, 8.159367898576159, -0.071584973281401, -0.028269050394068383),
+        _TSIT5_B,
+    ),
+    (*_TSIT5_B, 0),
+    b_error=(
+        -0.00178001105222577714, -0.0008164344596567469, 0.007880878010261995, -0.1447110071732629,
+        0.5823571654525552, -0.45808210592918697, F(1, 66),
+    ),
+    dense=(
+        _monomials((-1.0530884977290216,), (0.0, 1.0), (-1.3299890189751412, 1.0),
+                   (0.7139816917074209, -1.4364028541716351, 1.0)),
+        _monomials((0.1017,), _SQUARE, (1.2949852507374631, -2.1966568338249754, 1.0)),
+        _monomials((2.490627285651252793,), _SQUARE, (1.57803468208092486, -2.38535645472061657, 1.0)),
+        _monomials((-16.54810288924490272,), _SQUARE, (-1.21712927295533244, 1.0), (-0.61620406037800089, 1.0)),
+        _monomials((47.37952196281928122,), _SQUARE, (-1.203071208372362603, 1.0), (-0.658047292653547382, 1.0)),
+        _monomials((-34.87065786149660974,), _SQUARE, (-1.2, 1.0), (-0.666666666666666667, 1.0)),
+        _monomials((2.5,), _SQUARE, (-1.0, 1.0), (-0.6, 1.0)),
+    ),
+    reference="Tsitouras 2011, Runge-Kutta pairs of order 5(4) satisfying only the first column simplifying assumption",
+)  # fmt: skip
+
+
+def _full(row: dict[int, float], size: int) -> tuple[float, ...]:
+    return tuple(row.get(j, 0.0) for j in range(size))
+
+
+def _dop853_dense() -> tuple[tuple[float, ...], ...]:
+    """The interpolant y + sum_p F_p B_p(theta), B = theta, theta (1 - theta), theta^2 (1 - theta), ..., by stage.
+
+    F_0 = dy, F_1 = h k_0 - dy, F_2 = 2 dy - h (k_0 + k_12), F_3.. = h DENSE k, with dy = h sum b k.
+    """
+    b, first, last = (np.array(_full(row, 16)) for row in (dop853.STAGES[12], {0: 1.0}, {12: 1.0}))
+    by_power = [b, first - b, 2 * b - first - last, *(np.array(_full(row, 16)) for row in dop853.DENSE)]
+    basis = np.polynomial.polynomial.Polynomial([1.0])
+    total = np.zeros((16, 7))
+    for p, row in enumerate(by_power):
+        basis = basis * np.polynomial.polynomial.Polynomial([0.0, 1.0] if p % 2 == 0 else [1.0, -1.0])
+        total[:, : basis.coef.size - 1] += np.outer(row, basis.coef[1:])
+    return tuple(tuple(row) for row in total.tolist())
+
+
+DORMAND_PRINCE_8 = Tableau(
+    "DOP853", 8, dop853.NODES[:13],
+    tuple(_full(row, i) for i, row in enumerate(dop853.STAGES[:13])),
+    _full(dop853.STAGES[12], 13),
+    b_error=_full(dop853.ERROR_5, 13),
+    b_error_low=_full(dop853.ERROR_3, 13),
+    dense=_dop853_dense(),
+    extra_c=dop853.NODES[13:],
+    extra_a=tuple(_full(dop853.STAGES[i], i) for i in range(13, 16)),
+    reference="Hairer, Norsett, Wanner 1993, Solving ODEs I, II.10",
 )  # fmt: skip
