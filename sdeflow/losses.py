@@ -49,9 +49,10 @@ def stratified_times(process: GaussianSDE, n: int, t_min: float | None = None) -
     The angle runs from 0 (data) to pi/2 (noise) for any process, and v is the slope in it of a
     variance-preserving flow (Salimans and Ho 2022, Progressive distillation, appendix D), so that no part
     of it is worth more than another. On the digits it leaves a lower loss on held-out images than times
-    uniform in t, or in lam at the noisy end. Each of n equal parts gets one time, all with one random
-    offset (Kingma et al. 2021, Variational diffusion models, appendix I.1): a batch covers the span,
-    which lowers the variance of its mean loss. Draws one number from torch's global generator.
+    uniform in t, and than times uniform in lam save where sigma < 0.1. Each of n equal parts gets one
+    time, all with one random offset (Kingma et al. 2021, Variational diffusion models, appendix I.1): a
+    batch covers the span, which lowers the variance of its mean loss. Draws one number from torch's
+    global generator.
 
     Args:
         t_min: the lower end; a hundred-thousandth of the span above t0 unless given, below where

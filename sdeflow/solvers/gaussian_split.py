@@ -113,7 +113,7 @@ class GaussianSplit(Solver):
         return Plan(
             name=self.name,
             view="transition",
-            target=f"split:{float(torch.as_tensor(self.variance)):.17g}",
+            target=f"split:{float(torch.as_tensor(self.variance, dtype=torch.float64)):.17g}",
             grid=grid,
             times=times.clone(),
             step_of_row=step,
@@ -299,7 +299,9 @@ def estimate_split(
     if probes < 1:
         raise ValueError(f"expected probes >= 1, got {probes}")
     process = model.gaussian
-    at = process.time_of_lam(torch.maximum(-torch.log(torch.tensor(level)), process.lam(process.t1)))
+    at = process.time_of_lam(
+        torch.maximum(-torch.log(torch.tensor(level, dtype=torch.float64)), process.lam(process.t1))
+    )
     s = float(process.sigma(at) / process.alpha(at))
     e = Noise(seed, probes).normal(DATA, 1, shape, torch.float32)
     with torch.no_grad():

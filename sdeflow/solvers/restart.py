@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -82,8 +83,8 @@ class _RestartRun:
         process = problem.gaussian
         lam = process.lam(grid[1:])
         for interval in solver.intervals:
-            i = int((lam + torch.log(torch.tensor(interval.low))).abs().argmin())
-            low, high = grid[i + 1], process.time_of_lam(-torch.log(torch.tensor(interval.high)))
+            i = int((lam + math.log(interval.low)).abs().argmin())
+            low, high = grid[i + 1], process.time_of_lam(-math.log(interval.high))
             if not float(low) < float(high) <= problem.t1 * (1 + 1e-9):
                 raise ValueError(
                     f"Restart: expected levels between the grid's {float(torch.exp(-lam.max())):g} and t1's, "
