@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from sdeflow import grids
 from sdeflow.grids import GridFunction
+from sdeflow.model import Model
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.catalogue import CATALOGUE, Row
+from sdeflow.solvers.gaussian_split import GaussianSplit, estimate_split
 
 T = TypeVar("T")
 
@@ -25,6 +28,8 @@ class Method:
         calls: model calls a step on a grid.
         eta: stochasticity of the reversal it solves: 0 the flow, 1 the reverse SDE.
         adaptive: solve to tolerances instead of on grids.
+        fit: the solver made for a model and the shape of its samples, once a problem, instead of `make`; its calls
+            are not counted.
     """
 
     name: str
@@ -32,6 +37,14 @@ class Method:
     calls: int = 1
     eta: float = 0.0
     adaptive: bool = False
+    fit: Callable[[Model, tuple[int, ...]], Solver] | None = None
+
+    def fitted(self, model: Model, shape: tuple[int, ...]) -> Method:
+        """The method for one problem."""
+        if self.fit is None:
+            return self
+        solver = self.fit(model, shape)
+        return replace(self, make=lambda: solver, fit=None)
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,15 @@ def _of(row: Row) -> Iterable[Method]:
         yield Method(name, row.make, row.nfe_per_step, eta=1.0)
 
 
+def _estimated_split(model: Model, shape: tuple[int, ...]) -> Solver:
+    mean, variance = estimate_split(model, shape, probes=64)
+    return GaussianSplit(3, mean=mean, variance=variance)
+
+
 METHODS: dict[str, Method] = {m.name: m for row in CATALOGUE for m in _of(row)}
+METHODS["GaussianSplit(3) estimated"] = Method(
+    "GaussianSplit(3) estimated", partial(GaussianSplit, 3), fit=_estimated_split
+)
 """Every method by name, in the order of the catalogue."""
 
 GRIDS: dict[str, GridFunction] = {name: row.make for name, row in grids.GRIDS.items()}

@@ -124,6 +124,7 @@ def _resolve(problem: Any) -> tuple[Suite, tuple[Callable[[], Problem], ...]]:
 def _run_problem(problem: Problem, axes: Axes, seed: int, advance: Callable[[str, int], None]) -> Iterator[Result]:
     advance(f"{problem.name}: preparing", 0)
     case = Case(problem, seed)
+    axes = dataclasses.replace(axes, methods=[m.fitted(problem.model, problem.shape) for m in axes.methods])
     own = torch.get_num_threads()
     torch.set_num_threads(case.threads)
     seen: dict[tuple[str, str, int | None], Result] = {}
