@@ -1,4 +1,4 @@
-"""Plans: every coefficient of a linear method on a grid, as one table, and the runner of any plan.
+"""Plans: every coefficient of a linear method on a grid, as one table; `sdeflow.plan_run` runs any of them.
 
 Row k of a plan is one model call at time `times[k]` and one linear combination of the state x at
 the start of the row's step and the last evaluations e_k, e_{k-1}, ...:
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
@@ -22,8 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdeflow.noise import PATH, Noise
-from sdeflow.sde import SDE, Problem, multiply_noise, noise_shape
+from sdeflow.noise import Noise
+from sdeflow.plan_run import PlanRun
+from sdeflow.quadrature import gauss_legendre
+from sdeflow.sde import Problem
 from sdeflow.solvers.base import LinearSolver, View, refuse_noise, semilinear
 
 _FORMAT = "sdeflow-plan-1"
@@ -130,6 +131,51 @@ class Plan(LinearSolver):
                 f"{float(self.ratio[k]):12.6g} {float(self.noise[k]):12.6g}  {weights}"
             )
         return "\n".join(lines)
+
+    def exact_degrees(self, problem: Problem, coordinate: Literal["t", "lam", "rho"] | None = None) -> list[int]:
+        """Per step, the highest degree up to which polynomial evaluations are integrated exactly; -1 for none.
+
+        An order check without a model: evaluations are set to w^k, whatever the state, and each step is compared with
+        the exact integral (to 1e-9). A multistep method of order p has degree p - 1 after its start; for methods
+        with stages it is the order of their quadrature, which bounds their order.
+
+        Args:
+            problem: the one that the plan is for.
+            coordinate: w; t for drifts, lam for x0 and eps unless given; "rho" is sigma/alpha.
+
+        Raises:
+            ValueError: the plan's evaluations are neither a drift nor x0 nor eps.
+        """
+        kind = {"x/alpha": "eps", "x/sigma": "x0"}.get(self.target, self.target)
+        if kind not in ("drift", "x0", "eps"):
+            raise ValueError(f"expected a plan of drift, x0 or eps evaluations, got {self.target!r}")
+        coordinate = coordinate or ("t" if kind == "drift" else "lam")
+        start, end = self.grid[:-1], self.grid[1:]
+        nodes, rule = gauss_legendre(40)
+        if kind == "drift":
+            inside = start[:, None] + (end - start)[:, None] * nodes
+            kernel = (end - start)[:, None] * rule
+        else:
+            reverse = semilinear(self.name, problem)
+            lam0, lam1 = (reverse.gaussian.lam(t)[:, None] for t in (start, end))
+            _, amp, c, _ = (v[:, None] for v in reverse.transition(start, end, kind))
+            v = lam0 + (lam1 - lam0) * nodes
+            inside = reverse.gaussian.time_of_lam(v)
+            kernel = (lam1 - lam0) * rule * amp * c * torch.exp(-c * (lam1 - v))
+        last = torch.tensor([rows[-1] for rows in self._rows])
+        ages = (last[:, None] - torch.arange(self.weights.shape[1])).clamp(min=0)
+        degrees, whole = [-1] * self.steps, [True] * self.steps
+        low, high = (_place(problem, t, coordinate)[:, None] for t in (start, end))
+        for k in range(self.weights.shape[1] + 1):
+            at, past = (
+                ((_place(problem, t, coordinate) - low) / (high - low)) ** k for t in (inside, self.times[ages])
+            )
+            want, got = (kernel * at).sum(1), (self.weights[last] * past).sum(1)
+            scale = (kernel.abs() * at.abs()).sum(1).clamp(min=1e-30)
+            for n, fits in enumerate(((got - want).abs() < 1e-9 * scale).tolist()):
+                whole[n] = whole[n] and fits
+                degrees[n] = k if whole[n] else degrees[n]
+        return degrees
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, atomically."""
@@ -243,6 +289,14 @@ def corrected_weights(ratio: Tensor, predict: Tensor, correct: Tensor) -> Tensor
     return weights
 
 
+def _place(problem: Problem, t: Tensor, coordinate: str) -> Tensor:
+    """t, lam(t) or sigma(t)/alpha(t)."""
+    if coordinate == "t":
+        return t
+    lam = semilinear("exact_degrees", problem).gaussian.lam(t)
+    return lam if coordinate == "lam" else torch.exp(-lam)
+
+
 def spliced(head: Plan, tail: Plan, steps: int) -> Plan:
     """The first `steps` steps of `head`, then `tail`, one call a step, with its history moved past head's stages.
 
@@ -274,102 +328,3 @@ def spliced(head: Plan, tail: Plan, steps: int) -> Plan:
         noise=joined("noise"),
         shift_weight=None if tail.shift_weight is None else joined("shift_weight"),
     )
-
-
-class PlanRun:
-    """The runner of any plan: one model call, one fused combination and one noise draw a row."""
-
-    def __init__(self, plan: Plan, problem: Problem, x: Tensor, noise: Noise | None) -> None:
-        self.calls = 0
-        self._plan = plan
-        self._evaluate = problem.evaluator(plan.target, plan.times)
-        self._ratio = plan.ratio.tolist()
-        self._scale = plan.noise.tolist()
-        self._rows = plan._rows
-        # 16-bit states are combined in float32: their 8 to 11 bits would swallow the increments
-        self._work = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-        self._shift: Tensor | None = None
-        if plan.shift is not None and plan.shift_weight is not None and bool((plan.shift != 0).any()):
-            self._shift = plan.shift.to(dtype=self._work, device=x.device)
-            self._shift_weight = plan.shift_weight.tolist()
-        self._kick: list[tuple[float, float]] | None = None
-        if plan.kick_ratio is not None and plan.kick_noise is not None and noise is not None:
-            self._kick = list(zip(plan.kick_ratio.tolist(), plan.kick_noise.tolist(), strict=True))
-            self._unit = noise.sequence(PATH, plan.steps, x.shape[1:], self._work)
-        self._reached = self._returned = torch.empty(0)
-        self._combine = _combiner(plan, x, self._work)
-        self._add_noise = _noise_adder(plan, problem, x, noise, self._work)
-
-    def step(self, i: int, x: Tensor) -> Tensor:
-        # a 16-bit state goes on from what was computed, not from its rounding, unless somebody changed it
-        base = self._reached if x is self._returned else x.to(self._work)
-        if self._kick is not None and self._kick[i][1] != 0.0:
-            ratio, std = self._kick[i]
-            base = torch.add(ratio * base, self._unit(i), alpha=std)
-        y = base
-        for k in self._rows[i]:
-            e = self._evaluate(k, y.to(x.dtype))
-            self.calls += 1
-            y = self._combine(k, base, e)
-            if self._shift is not None:
-                y = torch.add(y, self._shift, alpha=self._shift_weight[k])
-            if self._scale[k] != 0.0:
-                y = self._add_noise(k, i, y, x)
-        self._reached, self._returned = y, y.to(x.dtype)
-        return self._returned
-
-
-def _combiner(plan: Plan, x: Tensor, work: torch.dtype) -> Callable[[int, Tensor, Tensor], Tensor]:
-    """`combine(k, base, e)`: enter evaluation k in the history and form row k's combination."""
-    ratio = plan.ratio.tolist()
-    slots, by_slot = plan._storage
-    if by_slot.shape[1] == 1:
-        weight = by_slot[:, 0].tolist()
-
-        def single(k: int, base: Tensor, e: Tensor) -> Tensor:
-            return torch.add(base if ratio[k] == 1.0 else ratio[k] * base, e.to(work), alpha=weight[k])
-
-        return single
-
-    if torch.is_grad_enabled():  # no writes into shared buffers: autograd keeps what it needs
-        weights = by_slot.tolist()
-        kept: dict[int, Tensor] = {}
-
-        def chain(k: int, base: Tensor, e: Tensor) -> Tensor:
-            kept[slots[k]] = e.to(work)
-            y = ratio[k] * base
-            for slot, w in enumerate(weights[k]):
-                if w != 0.0:
-                    y = torch.add(y, kept[slot], alpha=w)
-            return y
-
-        return chain
-
-    store = torch.zeros(by_slot.shape[1], x.numel(), dtype=work, device=x.device)
-    columns, rows = store.T, by_slot.to(dtype=work, device=x.device).unbind()
-
-    def fused(k: int, base: Tensor, e: Tensor) -> Tensor:
-        store[slots[k]].copy_(e.reshape(-1))
-        return torch.addmv(base.reshape(-1), columns, rows[k], beta=ratio[k]).view(base.shape)
-
-    return fused
-
-
-def _noise_adder(
-    plan: Plan, problem: Problem, x: Tensor, noise: Noise | None, work: torch.dtype
-) -> Callable[[int, int, Tensor, Tensor], Tensor]:
-    """`add(k, i, y, x)`: y plus the noise of row k, the last of step i, which began at x."""
-    if noise is None:
-        return lambda k, i, y, x: y
-    scale = plan.noise.tolist()
-    if plan.noise_kind == "unit":
-        unit = noise.sequence(PATH, plan.steps, x.shape[1:], work)
-        return lambda k, i, y, x: torch.add(y, unit(i), alpha=scale[k])
-    assert isinstance(problem, SDE)
-    sde, ts = problem, plan.grid.unbind()
-    draw = noise.sequence(PATH, plan.steps, noise_shape(sde, x, ts[0])[1:], x.dtype)
-
-    def add(k: int, i: int, y: Tensor, x: Tensor) -> Tensor:
-        return torch.add(y, multiply_noise(sde, sde.diffusion(x, ts[i]), draw(i)), alpha=scale[k])
-
-    return add

@@ -22,6 +22,7 @@ from sdeflow.solvers import (
     UniPC,
 )  # fmt: skip
 from tests.exact import F64, random_mixture
+from tests.test_orders import half_second_difference
 
 VP = sf.VP()
 MIXTURE = sf.problems.GaussianMixture(*random_mixture(5, 8, seed=4, spread=1.2))
@@ -348,3 +349,27 @@ def test_churn_and_restart_keep_a_gaussians_law():
         variance = y.var(0) / torch.tensor([0.5, 0.3], dtype=F64)
         assert bool(((variance - 1).abs() < 5 * math.sqrt(2 / 20_000) + 0.08).all())
         assert bool(((y.mean(0) - data.mean).abs() < 5 * math.sqrt(0.5 / 20_000) + 0.02).all())
+
+
+def test_plans_tell_their_degree_without_a_model():
+    """Ramps and limits of methods whose degree is known; half the second difference loses one."""
+    grid = sf.grids.power(VP, 7)
+    cases = [
+        (DPMSolverPP(3), None, [0, 1, 2, 2, 2, 2, 2]),
+        (DPMSolver(2, True), "lam", [0, 1, 1, 1, 1, 1, 1]),
+        (DEIS(3), "t", [0, 1, 2, 2, 2, 2, 2]),
+        (DEIS(3, coordinate="rho"), "rho", [0, 1, 2, 2, 2, 2, 2]),
+        (LMS(4), "rho", [0, 1, 2, 3, 3, 3, 3]),
+        (EDMHeun(), "rho", [1] * 7),
+        (sf.solvers.AdamsBashforth(4), None, [0, 1, 2, 3, 3, 3, 3]),
+        (sf.solvers.RK4(), None, [3] * 7),
+    ]
+    for solver, coordinate, want in cases:
+        assert solver.plan(FLOW, grid).exact_degrees(FLOW, coordinate) == want, solver.name
+    noisy = VP.reverse(MODEL, 1.0)
+    assert DPMSolverPP(3).plan(noisy, grid).exact_degrees(noisy) == [0, 1, 2, 2, 2, 2, 2]
+    plan = DPMSolverPP(3).plan(FLOW, grid)
+    broken = half_second_difference(plan, VP)
+    assert broken.exact_degrees(FLOW) == [0, 1, 1, 1, 1, 1, 1]
+    with pytest.raises(ValueError, match="drift, x0 or eps"):
+        GaussianSplit().plan(FLOW, grid).exact_degrees(FLOW)

@@ -141,7 +141,12 @@ def _exact(name: str, title: str, data: GaussianMixture) -> Problem:
 
 ZOO = Suite(
     problems=(mixture, mixture_8d, power_law, digits_exact),
-    methods=tuple(name for name, method in METHODS.items() if method.eta == 0 and not method.adaptive),
+    # without the methods for stiff drifts, which cost a Jacobian a step that flows do not need
+    methods=tuple(
+        name
+        for name, method in METHODS.items()
+        if method.eta == 0 and not method.adaptive and not name.startswith("ROS")
+    ),
     grids=("uniform", "quadratic", "power", "logsnr", "karras"),
     nfe=(5, 8, 10, 15, 20, 30, 50, 100),
     tolerances=(),
