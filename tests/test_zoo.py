@@ -373,3 +373,16 @@ def test_plans_tell_their_degree_without_a_model():
     assert broken.exact_degrees(FLOW) == [0, 1, 1, 1, 1, 1, 1]
     with pytest.raises(ValueError, match="drift, x0 or eps"):
         GaussianSplit().plan(FLOW, grid).exact_degrees(FLOW)
+
+
+@pytest.mark.parametrize("name", ["x", "x/alpha", "straight", "angle"])
+def test_pairs_solve_to_a_tolerance_in_another_variable(name):
+    """The error follows the tolerance over four decades, and the flow is the same."""
+    with torch.no_grad():
+        exact = sf.solve(FLOW, X, sf.solvers.DOP853(), rtol=1e-12, atol=1e-12).x
+        errors = []
+        for tol in (1e-4, 1e-6, 1e-8):
+            run = sf.solve(FLOW, X, InVariable(sf.solvers.RK45(), name), rtol=tol, atol=tol)
+            errors.append(float((run.x - exact).abs().median()) / tol)
+    assert max(errors) < 30
+    assert min(errors) > 1e-3

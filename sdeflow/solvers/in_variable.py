@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sdeflow.gaussian import GaussianSDE
 from sdeflow.plan import Plan, eta_key
+from sdeflow.reverse import ReverseSDE
 from sdeflow.sde import Problem
-from sdeflow.solvers.base import LinearSolver, View, refuse_noise, semilinear
+from sdeflow.solvers.base import Evaluate, LinearSolver, Norm, Pair, View, per_row, refuse_noise, semilinear
+from sdeflow.times import as_time
 from sdeflow.variables import Variable, variable
 
 
@@ -18,8 +22,9 @@ from sdeflow.variables import Variable, variable
 class InVariable(LinearSolver):
     """`solver` applied to y = x/L(t) on the clock u(t): x' = L' (x/L + sum_j w_j E_j), E = dy/du.
 
-    The plan of `solver` on the grid of clocks, each row rescaled by L at its two ends; stages fall on the
-    clock. Heun in "x/alpha" is EDM's sampler, Euler there is DDIM, Adams methods there DEIS's rho-AB.
+    The plan of `solver` on the grid of clocks, each row rescaled by L at its two ends; stages fall on the clock. A
+    solver with an error estimate also solves to a tolerance there. Heun in "x/alpha" is EDM's sampler, Euler there
+    is DDIM, Adams methods there DEIS's rho-AB.
 
     Args:
         solver: a linear solver of the drift view (Runge-Kutta, Adams).
@@ -40,6 +45,11 @@ class InVariable(LinearSolver):
     @property
     def name(self) -> str:  # type: ignore[override]
         return self.label or f"{self.solver.name} in {self.name_of_variable}"
+
+    @property
+    def pair(self) -> Pair | None:
+        inner = self.solver.pair
+        return None if inner is None else VariablePair(inner, variable(self.name_of_variable))
 
     def check(self, problem: Problem) -> None:
         semilinear(self.name, problem)
@@ -69,6 +79,67 @@ class InVariable(LinearSolver):
             process=repr(process),
             eta=eta_key(semilinear(self.name, problem).eta),
         )
+
+
+@dataclass(frozen=True)
+class VariablePair:
+    """An embedded pair in another variable: steps of y = x/L per sample on the clock u, errors measured in x."""
+
+    inner: Pair
+    chosen: Variable
+
+    @property
+    def order(self) -> int:
+        return self.inner.order
+
+    @property
+    def dense(self) -> bool:
+        return False
+
+    def clock(self, problem: Problem, t: float) -> float:
+        clock = float(self.chosen.clock(_process(problem), as_time(t)))
+        if not math.isfinite(clock):
+            raise ValueError(f"the clock of {self.chosen.name} is infinite at t = {t:g}: start or end short of it")
+        return clock
+
+    def time(self, problem: Problem, s: Tensor) -> Tensor:
+        return self.chosen.time(_process(problem), s)
+
+    def evaluate(self, problem: Problem, x: Tensor, s: Tensor) -> Tensor:
+        assert isinstance(problem, ReverseSDE)
+        t = per_row(self.time(problem, s), x)
+        return problem.model.value(x, t, self.chosen.row(problem.gaussian, t))
+
+    def first_step(self, evaluate: Evaluate, norm: Norm, x: Tensor, s: Tensor, k: Tensor, span: float) -> Tensor:
+        """A thousandth of the clock's span; the control grows it tenfold a step."""
+        return torch.full_like(s, 1e-3 * abs(span))
+
+    def attempt(
+        self, evaluate: Evaluate, problem: Problem, x: Tensor, s: Tensor, h: Tensor, k: Tensor
+    ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
+        def scale(clock: Tensor) -> Tensor:
+            return per_row(self.chosen.scale(_process(problem), self.time(problem, clock)), x).to(x.dtype)
+
+        def inside(y: Tensor, clock: Tensor) -> Tensor:
+            return evaluate(scale(clock) * y, clock)
+
+        y, errors, last, stages = self.inner.attempt(inside, problem, x / scale(s), s, h, k)
+        end = scale(s + h)
+        return end * y, [end * e for e in errors], last, stages
+
+    def size(self, norms: list[Tensor]) -> Tensor:
+        return self.inner.size(norms)
+
+    def dense_stages(self, evaluate: Evaluate, x: Tensor, s: Tensor, h: Tensor, stages: list[Tensor]) -> list[Tensor]:
+        raise ValueError(f"no dense output in {self.chosen.name}")
+
+    def interpolate(self, x: Tensor, h: Tensor, theta: Tensor, stages: list[Tensor]) -> Tensor:
+        raise ValueError(f"no dense output in {self.chosen.name}")
+
+
+def _process(problem: Problem) -> GaussianSDE:
+    assert isinstance(problem, ReverseSDE)
+    return problem.gaussian
 
 
 def _times(inner: Plan, process: object, chosen: Variable, grid: Tensor) -> Tensor:
