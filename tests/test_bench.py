@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import math
@@ -303,6 +304,13 @@ def test_every_line_of_the_file_holds_the_whole_schema(ran):
         )
         assert line["median"] == result.median
     assert sf.bench.read(out / "results.jsonl") == results
+    ranked = list(csv.DictReader((out / "ranking.csv").read_text().splitlines()))
+    for row in ranked:
+        runs = [r for r in results if (r.solver, str(r.budget), r.kind) == (row["solver"], row["nfe"], row["kind"])]
+        assert any(r.grid == row["grid"] for r in runs)
+        if row["status"] == "ok":
+            assert float(row["error"]) == pytest.approx(min(r.error for r in runs if r.status == "ok"), rel=1e-5)
+    assert {(r["solver"], r["nfe"]) for r in ranked} == {(r.solver, str(r.budget)) for r in results if r.budget}
 
 
 def test_a_file_that_is_no_result_is_refused(tmp_path):

@@ -17,8 +17,9 @@ from sdeflow.bench.case import Case
 from sdeflow.bench.extras import need
 from sdeflow.bench.methods import Job, Method, budgets, grids_named, methods_named
 from sdeflow.bench.problem import Problem, as_problem
-from sdeflow.bench.results import Log, Result
+from sdeflow.bench.results import Log, Result, put
 from sdeflow.bench.suites import QUICK, SUITES, Suite
+from sdeflow.bench.tables import ranking
 from sdeflow.grids import GridFunction
 
 
@@ -67,7 +68,7 @@ def run(
         nfe: budgets of model calls; likewise.
         samples, draws, tolerance: instead of the problems' own.
         seed: of starts and noise.
-        out: a folder for `results.jsonl` (kept complete while it runs), `report.html` and the figures;
+        out: a folder for `results.jsonl` (kept complete while it runs), `report.html`, `ranking.csv` and the figures;
             None writes nothing.
         progress: show a progress bar.
         command: how the run was called, for the record; the process's command line unless given.
@@ -107,6 +108,7 @@ def run(
 
         page.report(log.results, Path(out) / "report.html")
         figures.save(log.results, Path(out))
+        put(Path(out) / "ranking.csv", ranking(log.results).encode())
     return log.results
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -92,6 +94,27 @@ def _table(results: list[Result]) -> Table:
         scale=results[0].scale,
         floor=next((r.floor for r in results if r.floor is not None), None),
     )
+
+
+RANKING = ("problem", "kind", "nfe", "rank", "solver", "grid", "error", "median", "q90", "rms", "flip_rate", "status")
+
+
+def ranking(results: Sequence[Result]) -> str:
+    """The ranking as CSV: for each problem, kind and budget the solvers, each at its best grid, best first.
+
+    `error` is what they are ranked by: the median of a trajectory, the sliced W2 of a distribution.
+    """
+    rows: list[tuple[str, ...]] = [RANKING]
+    for part in by_problem(results):
+        best = best_of_grids(part)
+        for budget in sorted({b for _, b in best}):
+            ranked = sorted((r for (_, b), r in best.items() if b == budget), key=order)
+            for rank, r in enumerate(ranked, 1):
+                numbers = ("" if v is None else f"{v:.6g}" for v in (r.error, r.median, r.q90, r.rms, r.flip_rate))
+                rows.append((r.problem, r.kind, str(budget), str(rank), r.solver, r.grid, *numbers, r.status))
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def twins(results: Iterable[Result]) -> list[list[str]]:
