@@ -386,3 +386,13 @@ def test_pairs_solve_to_a_tolerance_in_another_variable(name):
             errors.append(float((run.x - exact).abs().median()) / tol)
     assert max(errors) < 30
     assert min(errors) > 1e-3
+
+
+def test_every_multistep_constructor_takes_a_start_of_full_order():
+    for make, start in [
+        (UniPC, "singlestep"), (DEIS, "singlestep"), (DPMSolverPP, "singlestep"),
+        (LMS, "runge-kutta"), (sf.solvers.IPNDM, "runge-kutta"), (sf.solvers.StraightABM, "runge-kutta"),
+        (sf.solvers.AdamsBashforth, "runge-kutta"), (GaussianSplit, "runge-kutta"),
+    ]:  # fmt: skip
+        plain, full = make(3).plan(FLOW, GRID), make(3, start=start).plan(FLOW, GRID)
+        assert full.nfe > plain.nfe == 12

@@ -285,14 +285,20 @@ def DPMSolverFast(nfe: int) -> ExponentialRK:
     return ExponentialRK(3, "eps", "DPMSolverFast", final_orders=((2, 1), (1,), (2,))[nfe % 3])
 
 
-def DEIS(order: int = 3, *, coordinate: Coordinate = "t", lower_order_final: bool = False) -> ExponentialMultistep:
+def DEIS(
+    order: int = 3,
+    *,
+    coordinate: Coordinate = "t",
+    start: Literal["ramp", "singlestep"] = "ramp",
+    lower_order_final: bool = False,
+) -> ExponentialMultistep:
     """DEIS of order 1 to 4, for the flow: noise prediction interpolated in t (tAB) or in rho = sigma/alpha (rhoAB).
 
     (Zhang and Chen 2023, Fast sampling of diffusion models with exponential integrator, section 3.3.)
     """
     kind = {"t": "tAB", "rho": "rhoAB", "lam": "lamAB"}.get(coordinate, coordinate)
     return ExponentialMultistep(
-        order=order, prediction="eps", coordinate=coordinate, lower_order_final=lower_order_final, eta=0.0,
+        order=order, prediction="eps", coordinate=coordinate, start=start, lower_order_final=lower_order_final, eta=0.0,
         name=f"DEIS-{kind}({order})",
     )  # fmt: skip
 
@@ -303,6 +309,7 @@ def UniPC(
     prediction: Literal["x0", "eps"] = "x0",
     *,
     corrector: bool = True,
+    start: Literal["ramp", "singlestep"] = "ramp",
     lower_order_final: bool = False,
 ) -> ExponentialMultistep:
     """UniPC of order 1 to 4: the predictor UniP of `order` and the corrector UniC of order + 1, one call a step.
@@ -310,7 +317,7 @@ def UniPC(
     (Zhao et al. 2023, UniPC, equations 3 and 9; `variant` is its B(h), which enters where two evaluations meet.)
     """
     return ExponentialMultistep(
-        order=order, prediction=prediction, corrector=order if corrector else 0, second=variant,
+        order=order, prediction=prediction, corrector=order if corrector else 0, second=variant, start=start,
         lower_order_final=lower_order_final, name=f"UniP{'C' if corrector else ''}({order})",
     )  # fmt: skip
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from sdeflow.solvers.adams import Adams
 from sdeflow.solvers.exponential_rk import ExponentialRK
 from sdeflow.solvers.in_variable import InVariable
 from sdeflow.solvers.runge_kutta import RK4, Heun, RungeKutta
 from sdeflow.solvers.tableaus import KUTTA3
 
+Start = Literal["ramp", "runge-kutta"]
+"""How a multistep method begins; see `Adams`."""
 
-def IPNDM(order: int = 4) -> InVariable:
+
+def IPNDM(order: int = 4, *, start: Start = "ramp") -> InVariable:
     """iPNDM of order 1 to 4: Adams-Bashforth on eps in x/alpha (Zhang and Chen 2023, DEIS, appendix H).
 
     With the weights of the grid: the published constants (3/2, -1/2; 23, -16, 5; ...) are those of equal steps, and
     of order 2 at most on any other grid.
     """
-    return InVariable(Adams(order), "x/alpha", label=f"IPNDM({order})")
+    return InVariable(Adams(order, start=start), "x/alpha", label=f"IPNDM({order})")
 
 
 def PNDM() -> InVariable:
@@ -26,9 +31,9 @@ def PNDM() -> InVariable:
     return InVariable(Adams(4, start="runge-kutta"), "x/alpha", label="PNDM")
 
 
-def LMS(order: int = 4) -> InVariable:
+def LMS(order: int = 4, *, start: Start = "ramp") -> InVariable:
     """The linear multistep sampler of k-diffusion: Adams-Bashforth in the clock sigma/alpha, integrated exactly."""
-    return InVariable(Adams(order), "x/alpha", label=f"LMS({order})")
+    return InVariable(Adams(order, start=start), "x/alpha", label=f"LMS({order})")
 
 
 def DPM2() -> ExponentialRK:
@@ -47,6 +52,6 @@ def RhoRK(order: int = 2) -> InVariable:
     return InVariable(methods[order](), "x/alpha", label=f"RhoRK({order})")
 
 
-def StraightABM(order: int = 4) -> InVariable:
+def StraightABM(order: int = 4, *, start: Start = "ramp") -> InVariable:
     """Adams-Bashforth-Moulton in the straight variable x/(alpha + sigma): predictor of `order`, corrector above it."""
-    return InVariable(Adams(order, corrector=True), "straight", label=f"StraightABM({order})")
+    return InVariable(Adams(order, corrector=True, start=start), "straight", label=f"StraightABM({order})")
