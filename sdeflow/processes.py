@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,11 +41,11 @@ def _increasing(**values: float) -> None:
 class _ByLogAlpha(GaussianSDE):
     """What the processes that are given by log alpha share: f = -beta/2 with beta = -2 (log alpha)'."""
 
-    def log_alpha(self, t: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def log_alpha(self, t: Tensor) -> Tensor: ...
 
-    def beta(self, t: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def beta(self, t: Tensor) -> Tensor: ...
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.exp(self.log_alpha(t))
@@ -61,8 +62,8 @@ class _ByLogAlpha(GaussianSDE):
 class _VariancePreserving(_ByLogAlpha):
     """sigma^2 = 1 - alpha^2, g^2 = beta."""
 
-    def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor: ...
 
     def sigma(self, t: Tensor) -> Tensor:
         return torch.sqrt(-torch.expm1(2 * self.log_alpha(t)))
