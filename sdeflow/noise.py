@@ -4,22 +4,28 @@ Each (seed, stream, sample index, node) is hashed to the 64-bit seed of its own 
 (Steele, Lea and Flood 2014, Fast splittable pseudorandom number generators: the generator passes
 BigCrush); its outputs become pairs of normals by Box-Muller. Nothing is drawn in order, so a
 sample's numbers do not change with the batch around it, with its position, or with the device.
+The Brownian paths made of these numbers are in `sdeflow.brownian`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-PATH, PRIOR, CORRECTOR, DATA, RESTART = 0, 1, 2, 3, 4
-"""Streams: increments of the driving path, the prior, Langevin correctors, draws of a problem's data, restarts."""
+if TYPE_CHECKING:
+    from sdeflow.brownian import Walk
+
+PATH, PRIOR, CORRECTOR, DATA, RESTART, AREA, CHURN, WEAK = 0, 1, 2, 3, 4, 5, 6, 7
+"""Streams: the driving path, the prior, Langevin correctors, draws of a problem's data, restarts, the path with its
+areas, noise added back by churn, and the two-point variables of weak methods."""
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_BLOCK = 1 << 18
+BLOCK = 1 << 18
 """Numbers drawn at once for coming steps: enough to spread the cost of the ~20 kernel launches."""
 
 
@@ -29,16 +35,18 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _xor_shift(z: Tensor, bits: int) -> Tensor:
+def _xor_shift(z: Tensor, bits: int, work: Tensor) -> Tensor:
     """z ^ (z >> bits) with a logical shift; torch's shift of int64 is arithmetic, hence the mask."""
-    return z.bitwise_xor_((z >> bits).bitwise_and_((1 << (64 - bits)) - 1))
+    torch.bitwise_right_shift(z, bits, out=work)
+    return z.bitwise_xor_(work.bitwise_and_((1 << (64 - bits)) - 1))
 
 
 def _mix(z: Tensor) -> Tensor:
     """SplitMix64's output function (variant 13 of Stafford's mixers), in place; z is int64, products wrap."""
-    z = _xor_shift(z, 30).mul_(_signed(_MULTIPLIERS[0]))
-    z = _xor_shift(z, 27).mul_(_signed(_MULTIPLIERS[1]))
-    return _xor_shift(z, 31)
+    work = torch.empty_like(z)
+    z = _xor_shift(z, 30, work).mul_(_signed(_MULTIPLIERS[0]))
+    z = _xor_shift(z, 27, work).mul_(_signed(_MULTIPLIERS[1]))
+    return _xor_shift(z, 31, work)
 
 
 def _advance(key: Tensor, word: Tensor | int) -> Tensor:
@@ -54,12 +62,11 @@ def _normals(keys: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     counter = torch.arange(1, half + 1, device=keys.device).mul_(_signed(_GOLDEN))
     bits = _mix(keys.unsqueeze(-1) + counter)
     scale = 2.0**-32
-    low = bits.bitwise_and(0xFFFFFFFF).to(dtype).add_(0.5).mul_(scale)
-    high = (bits >> 32).to(dtype).add_(0.5).mul_(2 * math.pi * scale)
-    radius = low.log_().mul_(-2.0).sqrt_()
+    angle = (bits >> 32).to(dtype).mul_(2 * math.pi * scale)
+    radius = bits.bitwise_and_(0xFFFFFFFF).to(dtype).add_(0.5).mul_(scale).log_().mul_(-2.0).sqrt_()
     out = torch.empty((*keys.shape, 2 * half), dtype=dtype, device=keys.device)
-    torch.mul(radius, torch.cos(high), out=out[..., :half])
-    torch.mul(radius, torch.sin(high), out=out[..., half:])
+    torch.mul(radius, torch.cos(angle), out=out[..., :half])
+    torch.mul(radius, torch.sin(angle), out=out[..., half:])
     return out[..., :count]
 
 
@@ -76,6 +83,8 @@ class Noise:
         batch: number of samples.
         index: the samples' indices: None for 0..batch-1, an int for an offset, or a 1-d integer tensor.
         device: where the numbers are made.
+        antithetic: samples 2j and 2j + 1 share their numbers, with opposite signs.
+        one_path: walk along the path of the tree in time, the same for every grid (`sdeflow.brownian`).
     """
 
     def __init__(
@@ -85,52 +94,93 @@ class Noise:
         *,
         index: int | Tensor | None = None,
         device: torch.device | str = "cpu",
+        antithetic: bool = False,
+        one_path: bool = False,
     ) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"expected an integer seed, got {seed!r}")
-        if not -(1 << 63) <= seed < 1 << 64:
-            raise ValueError(f"expected a seed of 64 bits, in [-2^63, 2^64), got {seed}")
-        self.seed = seed
-        self.index = _checked_index(index, batch).to(device)
+        self.one_path = one_path
+        self.seed = checked_seed(seed)
+        self.index = checked_index(index, batch).to(device)
+        self._sign: Tensor | None = None
+        self._owner = self.index
+        if antithetic:
+            self._owner = self.index >> 1
+            self._sign = 1 - 2 * (self.index & 1)
         self._keys: dict[int, Tensor] = {}
 
     def _stream(self, stream: int) -> Tensor:
         """The key of each sample's stream, (batch,)."""
         if stream not in self._keys:
             root = torch.tensor(_signed(self.seed), dtype=torch.int64, device=self.index.device)
-            self._keys[stream] = _advance(_advance(_mix(root), stream), self.index)
+            self._keys[stream] = _advance(_advance(_mix(root), stream), self._owner)
         return self._keys[stream]
 
     def normal(self, stream: int, node: int, event: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
         """Standard normals (batch, *event) of one node of a stream."""
-        return self._draw(stream, torch.tensor([node], device=self.index.device), event, dtype)[0]
+        return self.draw(stream, torch.tensor([node]), event, dtype)[0]
 
     def sequence(
         self, stream: int, nodes: int, event: tuple[int, ...] | torch.Size, dtype: torch.dtype
     ) -> Callable[[int], Tensor]:
         """`draw(k)`, k in 0..nodes-1, the same numbers as `normal(stream, k, ...)` drawn in blocks."""
         numbers = max(1, self.index.numel() * math.prod(event))
-        size = max(1, min(nodes, _BLOCK // numbers))
+        size = max(1, min(nodes, BLOCK // numbers))
         block, start = torch.empty(0), -size
 
         def draw(k: int) -> Tensor:
             nonlocal block, start
             if not start <= k < start + size:
                 start = k - k % size
-                ks = torch.arange(start, min(start + size, nodes), device=self.index.device)
-                block = self._draw(stream, ks, event, dtype)
+                block = self.draw(stream, torch.arange(start, min(start + size, nodes)), event, dtype)
             return block[k - start]
 
         return draw
 
-    def _draw(self, stream: int, nodes: Tensor, event: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-        keys = _advance(self._stream(stream), nodes.unsqueeze(-1))
+    def walk(
+        self,
+        times: Tensor,
+        event: tuple[int, ...] | torch.Size,
+        dtype: torch.dtype,
+        *,
+        areas: bool = False,
+        lengths: Tensor | None = None,
+    ) -> Walk:
+        """The increments (W, H) of the driving Brownian path over the intervals of a grid, in order.
+
+        Args:
+            times: float64 (steps + 1,), monotone.
+            event, dtype: of the increments of a sample.
+            areas: whether H is wanted. A path with areas is another one than a path without, unless `one_path`.
+            lengths: (steps,), the variances of W where the path's own clock is not the time; `one_path`, which
+                knows only the time, ignores it. `walk.lengths` are those of the increments it gives.
+        """
+        from sdeflow.brownian import GridWalk, TreeWalk
+
+        if self.one_path:
+            return TreeWalk(self, times, event, dtype, areas)
+        return GridWalk(self, torch.diff(times).abs() if lengths is None else lengths, event, dtype, areas)
+
+    def draw(self, stream: int, nodes: Tensor, event: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
+        """Standard normals (nodes, batch, *event) of several nodes, an int64 tensor: (nodes,), or (nodes, batch)."""
+        nodes = nodes.to(self.index.device)
+        keys = _advance(self._stream(stream), nodes.unsqueeze(-1) if nodes.ndim == 1 else nodes)
         work = torch.float64 if dtype == torch.float64 else torch.float32
         flat = _normals(keys, math.prod(event), work)
+        if self._sign is not None:
+            flat = flat * self._sign.unsqueeze(-1)
         return flat.reshape(*keys.shape, *event).to(dtype)
 
 
-def _checked_index(index: int | Tensor | None, batch: int) -> Tensor:
+def checked_seed(seed: object) -> int:
+    """The seed, if it is an integer of 64 bits."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"expected an integer seed, got {seed!r}")
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"expected a seed of 64 bits, in [-2^63, 2^64), got {seed}")
+    return seed
+
+
+def checked_index(index: int | Tensor | None, batch: int) -> Tensor:
+    """One index a sample, int64 (batch,)."""
     if index is None or (isinstance(index, int) and not isinstance(index, bool)):
         return torch.arange(batch) + (index or 0)
     if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool:

@@ -3,7 +3,7 @@
 Row k of a plan is one model call at time `times[k]` and one linear combination of the state x at
 the start of the row's step and the last evaluations e_k, e_{k-1}, ...:
 
-    y = ratio[k] x + sum_j weights[k, j] e_{k-j} + noise[k] xi
+    y = ratio[k] x + sum_j weights[k, j] e_{k-j} + sum_j noise[k, j] xi_j
 
 y is where the next row evaluates; after the last row of a step it is the new state.
 """
@@ -64,7 +64,9 @@ class Plan(LinearSolver):
         grid: float64 (steps + 1,).
         times: float64 (rows,), where each row evaluates.
         step_of_row: int64 (rows,), non-decreasing.
-        ratio, weights, noise: float64 (rows,), (rows, history), (rows,).
+        ratio, weights: float64 (rows,), (rows, history).
+        noise: float64 (rows,), or (rows, draws): of the standard normals of the row's step, the coefficients of each;
+            those of a step's last row say what share of the step each stands for.
         noise_kind: "unit" multiplies `noise` with standard normals, "diffusion" with G(x, t) times them.
         process, eta: what the coefficients belong to (its repr, and `eta_key`); None when they do not depend on it.
         kick_ratio, kick_noise: (steps,) or None: step i begins from kick_ratio[i] x + kick_noise[i] xi instead of x.
@@ -90,7 +92,12 @@ class Plan(LinearSolver):
 
     def __post_init__(self) -> None:
         rows, steps = self.times.numel(), self.grid.numel() - 1
-        sizes = {"step_of_row": (rows,), "ratio": (rows,), "weights": (rows, *self.weights.shape[1:]), "noise": (rows,)}
+        sizes = {
+            "step_of_row": (rows,),
+            "ratio": (rows,),
+            "weights": (rows, *self.weights.shape[1:]),
+            "noise": (rows, *self.noise.shape[1:2]),
+        }
         for name, size in sizes.items():
             if tuple(getattr(self, name).shape) != size or self.weights.ndim != 2:
                 raise ValueError(
@@ -98,7 +105,8 @@ class Plan(LinearSolver):
                 )
         if steps < 1 or not torch.equal(torch.unique_consecutive(self.step_of_row), torch.arange(steps)):
             raise ValueError(f"{self.name}: expected rows for each of the {steps} steps, in order")
-        bad = ~(torch.isfinite(self.ratio) & torch.isfinite(self.weights).all(1) & torch.isfinite(self.noise))
+        finite = torch.isfinite(self.ratio) & torch.isfinite(self.weights).all(1)
+        bad = ~(finite & torch.isfinite(self.noise.reshape(rows, -1)).all(1))
         if bool(bad.any()):
             k = int(torch.nonzero(bad)[0])
             raise ValueError(
@@ -128,7 +136,7 @@ class Plan(LinearSolver):
             weights = " ".join(f"{w:12.5g}" for w in self.weights[k].tolist())
             lines.append(
                 f"{k:4d} {int(self.step_of_row[k]):4d} {float(self.times[k]):12.6g} "
-                f"{float(self.ratio[k]):12.6g} {float(self.noise[k]):12.6g}  {weights}"
+                f"{float(self.ratio[k]):12.6g} {float(torch.linalg.vector_norm(self.noise[k])):12.6g}  {weights}"
             )
         return "\n".join(lines)
 
@@ -236,6 +244,30 @@ class Plan(LinearSolver):
 
     def stepper(self, problem: Problem, x: Tensor, grid: Tensor, noise: Noise | None) -> PlanRun:
         return PlanRun(self.plan(problem, grid), problem, x, noise)
+
+    @property
+    def draws(self) -> int:
+        """Standard normals (of the state's shape) a step."""
+        return 1 if self.noise.ndim == 1 else self.noise.shape[1]
+
+    @cached_property
+    def clock(self) -> Tensor:
+        """The clock (steps * draws + 1,) on which the noise is one Brownian motion: finer grids refine its path.
+
+        Where the state is a time x (a drift) it is t; else the variance that each normal leaves in x, in units of
+        the linear flow: x_n/R_n, R_n = ratio_0 ... ratio_(n-1), is a martingale in the noise.
+        """
+        if self.target == "drift":
+            return (self.grid - self.grid[0]).abs()
+        last = torch.tensor([rows[-1] for rows in self._rows])
+        scale = torch.cumsum(torch.log(self.ratio[last].abs()), 0)
+        share = self.noise.reshape(self.nfe, -1)[last]
+        lengths = torch.where(share == 0, 0.0, 2 * (torch.log(share.abs()) - scale[:, None]))
+        # only ratios of neighbouring lengths matter: the largest is made 1
+        top = lengths[share != 0].max() if bool((share != 0).any()) else lengths.max()
+        lengths = torch.where(share == 0, 0.0, torch.exp(lengths - top))
+        lengths = torch.where(torch.isfinite(lengths), lengths, 1.0)  # after a step that forgets x
+        return torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumsum(lengths.flatten(), 0)])
 
     @cached_property
     def _rows(self) -> list[range]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sdeflow.noise import PATH, Noise
+from sdeflow.noise import CHURN, Noise
 from sdeflow.sde import SDE, Problem, multiply_noise, noise_shape
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class PlanRun:
         self._plan = plan
         self._evaluate = problem.evaluator(plan.target, plan.times)
         self._ratio = plan.ratio.tolist()
-        self._scale = plan.noise.tolist()
+        self._noisy = (plan.noise.reshape(plan.nfe, -1) != 0).any(1).tolist()
         self._rows = plan._rows
         # 16-bit states are combined in float32: their 8 to 11 bits would swallow the increments
         self._work = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
@@ -34,7 +34,7 @@ class PlanRun:
         self._kick: list[tuple[float, float]] | None = None
         if plan.kick_ratio is not None and plan.kick_noise is not None and noise is not None:
             self._kick = list(zip(plan.kick_ratio.tolist(), plan.kick_noise.tolist(), strict=True))
-            self._unit = noise.sequence(PATH, plan.steps, x.shape[1:], self._work)
+            self._unit = noise.sequence(CHURN, plan.steps, x.shape[1:], self._work)
         self._reached = self._returned = torch.empty(0)
         self._combine = _combiner(plan, x, self._work)
         self._add_noise = _noise_adder(plan, problem, x, noise, self._work)
@@ -52,7 +52,7 @@ class PlanRun:
             y = self._combine(k, base, e)
             if self._shift is not None:
                 y = torch.add(y, self._shift, alpha=self._shift_weight[k])
-            if self._scale[k] != 0.0:
+            if self._noisy[k]:
                 y = self._add_noise(k, i, y, x)
         self._reached, self._returned = y, y.to(x.dtype)
         return self._returned
@@ -100,15 +100,48 @@ def _noise_adder(
     """`add(k, i, y, x)`: y plus the noise of row k, the last of step i, which began at x."""
     if noise is None:
         return lambda k, i, y, x: y
-    scale = plan.noise.tolist()
     if plan.noise_kind == "unit":
-        unit = noise.sequence(PATH, plan.steps, x.shape[1:], work)
-        return lambda k, i, y, x: torch.add(y, unit(i), alpha=scale[k])
+        return _unit_noise(plan, noise, x, work)
     assert isinstance(problem, SDE)
     sde, ts = problem, plan.grid.unbind()
-    draw = noise.sequence(PATH, plan.steps, noise_shape(sde, x, ts[0])[1:], x.dtype)
+    walk = noise.walk(plan.clock, noise_shape(sde, x, ts[0])[1:], x.dtype)
+    scale = _normalised(plan.noise, walk.lengths)
 
     def add(k: int, i: int, y: Tensor, x: Tensor) -> Tensor:
-        return torch.add(y, multiply_noise(sde, sde.diffusion(x, ts[i]), draw(i)), alpha=scale[k])
+        return torch.add(y, multiply_noise(sde, sde.diffusion(x, ts[i]), walk(i).w), alpha=scale[k])
 
     return add
+
+
+def _unit_noise(plan: Plan, noise: Noise, x: Tensor, work: torch.dtype) -> Callable[[int, int, Tensor, Tensor], Tensor]:
+    draws = plan.draws
+    walk = noise.walk(_times(plan), x.shape[1:], work, lengths=torch.diff(plan.clock))
+    per_row = walk.lengths.reshape(plan.steps, draws)[plan.step_of_row]
+    scale = _normalised(plan.noise.reshape(plan.nfe, draws), per_row)
+    if draws == 1:
+        single = [row[0] for row in scale]
+        return lambda k, i, y, x: torch.add(y, walk(i).w, alpha=single[k])
+    step, increments = -1, [torch.empty(0)]
+
+    def add(k: int, i: int, y: Tensor, x: Tensor) -> Tensor:
+        nonlocal step, increments
+        if step != i:
+            step, increments = i, [walk(i * draws + j).w for j in range(draws)]
+        for w, c in zip(increments, scale[k], strict=True):
+            if c != 0.0:
+                y = torch.add(y, w, alpha=c)
+        return y
+
+    return add
+
+
+def _times(plan: Plan) -> Tensor:
+    """The times between which each normal stands, each step shared equally: (steps * draws + 1,)."""
+    share = torch.arange(plan.draws, dtype=torch.float64) / plan.draws
+    inner = plan.grid[:-1, None] + torch.diff(plan.grid)[:, None] * share
+    return torch.cat([inner.flatten(), plan.grid[-1:]])
+
+
+def _normalised(coefficients: Tensor, lengths: Tensor) -> list:
+    """The coefficients of increments of these lengths that are those of unit normals."""
+    return torch.where(lengths > 0, coefficients / torch.sqrt(lengths), 0.0).tolist()

@@ -12,6 +12,7 @@ from scipy.integrate import solve_ivp
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 import sdeflow as sf
+from sdeflow.brownian import Increment
 
 F64 = torch.float64
 
@@ -218,7 +219,30 @@ class TableNoise:
             assert table.shape[1:] == (noise.index.numel(), *event)
             return lambda k: table[k]
 
+        def walk(noise, times, event, dtype, *, areas=False, lengths=None):
+            lengths = torch.diff(times).abs() if lengths is None else lengths
+            return TableWalk(sequence(noise, None, lengths.numel(), event, dtype), lengths)
+
         monkeypatch.setattr(sf.Noise, "sequence", sequence)
+        monkeypatch.setattr(sf.Noise, "walk", walk)
+
+
+class TableWalk:
+    """A walk whose increments are sqrt(length) times the rows of a table."""
+
+    def __init__(self, row, lengths):
+        self._row, self.lengths = row, lengths
+
+    def __call__(self, k):
+        return Increment(self._row(k) * self.lengths[k].sqrt(), None)
+
+
+def unit_increments(seed, batch, event, lengths):
+    """The normalised increments (steps, batch, *event) that a solve with this seed uses, from the generator itself."""
+    lengths = torch.as_tensor(lengths, dtype=F64)
+    clock = torch.cat([torch.zeros(1, dtype=F64), lengths.cumsum(0)])
+    walk = sf.Noise(seed, batch).walk(clock, event, F64, lengths=lengths)
+    return torch.stack([walk(k).w / lengths[k].sqrt() for k in range(lengths.numel())])
 
 
 def paired_increments(fine, nodes):

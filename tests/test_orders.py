@@ -39,6 +39,7 @@ from tests.exact import (
     random_mixture,
     rms,
     slope,
+    unit_increments,
     vp_flow,
 )  # fmt: skip
 
@@ -628,7 +629,7 @@ class Shifting(sf.SDE):
 def test_one_step_of_euler_maruyama():
     """x + h f(x, t) + sqrt(|h|) G(x, t) xi with everything at the step's start, in both views of the noise."""
     x, h = torch.randn(4, 2, dtype=F64), 0.25
-    xi = sf.Noise(5, 4).normal(0, 0, (2,), F64)
+    xi = unit_increments(5, 4, (2,), [1.0])[0]
     for t in (0.5, 1.5):
         got = sf.solve(Shifting(), x, EulerMaruyama(), grid=[t, t + h], seed=5).x
         want = x + h * torch.sin(x) * t + math.sqrt(h) * (0.3 + t**2 * x) * xi
@@ -644,7 +645,7 @@ def test_one_step_of_euler_maruyama():
 def test_one_step_of_ddim(eta):
     """Song et al. 2021, equations 12 and 16, in their notation: abar = alpha^2."""
     vp, model = NumpyVP(), sf.problems.Gaussian([0.5, 0.1], [0.2, 0.4]).model(sf.VP())
-    x, xi = torch.randn(4, 2, dtype=F64), sf.Noise(5, 4).normal(0, 0, (2,), F64)
+    x, xi = torch.randn(4, 2, dtype=F64), unit_increments(5, 4, (2,), [1.0])[0]
     got = sf.solve(sf.VP().probability_flow(model), x, DDIM(eta), grid=[0.6, 0.4], seed=5).x
     now, then = vp.alpha(0.6) ** 2, vp.alpha(0.4) ** 2
     size = eta * math.sqrt((1 - then) / (1 - now)) * math.sqrt(1 - now / then)
@@ -661,7 +662,7 @@ def test_one_step_of_ddpm(solver):
     process = sf.DiscreteVP(betas)
     model = sf.problems.Gaussian([0.5, 0.1], [0.2, 0.4]).model(process)
     abar, n = np.cumprod(1 - betas), 5
-    x, xi = torch.randn(4, 2, dtype=F64), sf.Noise(5, 4).normal(0, 0, (2,), F64)
+    x, xi = torch.randn(4, 2, dtype=F64), unit_increments(5, 4, (2,), [1.0])[0]
     problem = process.reverse(model, 1.0 if isinstance(solver, ExponentialMultistep) else 0.0)
     got = sf.solve(problem, x, solver, grid=[(n + 1) / 8, n / 8], seed=5).x
     x0 = model.x0(x, (n + 1) / 8)
@@ -685,7 +686,7 @@ def test_a_run_is_its_table(row, grad):
     grid = sf.grids.logsnr(process, 9)
     plan = row.make().plan(problem, grid)
     x = torch.randn(5, 2, dtype=F64)
-    noise = sf.Noise(3, 5)
+    xi = unit_increments(3, 5, (2,), torch.diff(plan.clock)) if bool(plan.noise.any()) else torch.zeros(9, 5, 2)
     with torch.set_grad_enabled(grad):
         got = sf.solve(problem, x, plan, seed=3).x
         direct = sf.solve(problem, x, row.make(), grid=grid, seed=3).x
@@ -698,7 +699,7 @@ def test_a_run_is_its_table(row, grad):
             base, step = y, int(plan.step_of_row[k])
         past.insert(0, evaluate(k, y))
         y = plan.ratio[k] * base + sum(w * e for w, e in zip(plan.weights[k], past, strict=False))
-        y = y + plan.noise[k] * noise.normal(0, step, (2,), F64)
+        y = y + plan.noise[k] * xi[step]
     torch.testing.assert_close(got, y, rtol=1e-12, atol=1e-12)
     assert plan.nfe == 9 * row.nfe_per_step + row.start_calls == plan.times.numel()
     assert str(plan).count("\n") == plan.nfe + 1

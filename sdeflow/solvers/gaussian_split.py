@@ -14,6 +14,7 @@ relatives: Lu et al. 2023, DPM-Solver-v3, a fitted linear part; Wang and Vastola
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model
-from sdeflow.noise import DATA, PATH, Noise
+from sdeflow.noise import DATA, Noise
 from sdeflow.plan import Plan, corrected_weights, eta_key, spliced
 from sdeflow.quadrature import gauss_legendre
 from sdeflow.reverse import ReverseSDE
@@ -235,9 +236,11 @@ class _ModesRun:
         self._evaluate = reverse.evaluator("v", times)
         self._rows = _x0_and_eps(process.alpha(times), process.sigma(times))
         self._past: list[Tensor] = []
-        self._noise = None
+        self._noise: Callable[[int], Tensor] | None = None
         if noise is not None:
-            self._noise = noise.sequence(PATH, grid.numel() - 1, event, x.dtype)
+            walk = noise.walk(grid, event, x.dtype)
+            length = walk.lengths.sqrt().tolist()
+            self._noise = lambda i: walk(i).w / length[i]
 
     def step(self, i: int, x: Tensor) -> Tensor:
         value = self._evaluate(i, x)
