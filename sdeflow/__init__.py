@@ -3,12 +3,14 @@
 from importlib.metadata import version as _version
 
 from sdeflow import bench, grids, losses, metrics, nets, problems, solvers
+from sdeflow.brownian import BrownianPath
 from sdeflow.checkpoints import load_model, save_model
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model
-from sdeflow.noise import Noise
+from sdeflow.noise import Antithetic, Noise, SamePath
 from sdeflow.plan import Plan
 from sdeflow.processes import EDM, VE, VP, CosineVP, DiscreteVP, RectifiedFlow, SubVP
+from sdeflow.recorded import RecordedPath
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sampling import sample
 from sdeflow.sde import ODE, SDE
@@ -23,6 +25,10 @@ __all__ = [
     "SDE",
     "VE",
     "VP",
+    "Antithetic",
+    "BrownianPath",
+    "SamePath",
+    "RecordedPath",
     "CosineVP",
     "DiscreteVP",
     "GaussianSDE",

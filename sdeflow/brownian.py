@@ -15,6 +15,7 @@ Every normal belongs to a node, so it does not matter in which order, or whether
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import NamedTuple, Protocol
 
@@ -111,7 +112,7 @@ def join(first: Increment, p: float, second: Increment, q: float) -> Increment:
     return Increment(w, (p * first.h + q * second.h) / whole + (q * first.w - p * second.w) / (2 * whole))
 
 
-class _Normals:
+class NodeNormals:
     """The normals of nodes (level, position) of one tree of a noise."""
 
     def __init__(
@@ -122,16 +123,22 @@ class _Normals:
         self._tree = tree
         self._size = math.prod(self.event)
 
-    def of(self, levels: np.ndarray, positions: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        """(z1, z2) of nodes, (nodes, batch, *event) each; (nodes, batch) nodes give (nodes, batch, *event) too."""
+    def of(self, levels: np.ndarray | Tensor, positions: np.ndarray | Tensor) -> tuple[Tensor, Tensor | None]:
+        """(z1, z2) of nodes (nodes,), or of one node a sample (1, batch): (nodes, batch, *event) each."""
         # one word a node: the level in 6 bits, the position in 41, the tree's number (odd) hashed over all of them
-        words = torch.from_numpy((positions.astype(np.int64) << 6) | levels.astype(np.int64))
+        words = (torch.as_tensor(positions) << 6) | torch.as_tensor(levels)
         words = words ^ (self._tree >> 1) * 0x5851F42D4C957F2D % (1 << 62)
         if not self.areas:
             return self.noise.draw(self._stream, words, self.event, self.dtype), None
         flat = self.noise.draw(self._stream, words, (2 * self._size,), self.dtype)
         shape = (*flat.shape[:-1], *self.event)
         return flat[..., : self._size].reshape(shape), flat[..., self._size :].reshape(shape)
+
+    def take(self, rows: Tensor) -> NodeNormals:
+        """The same for some samples of the batch."""
+        part = copy.copy(self)
+        part.noise = self.noise.take(rows)
+        return part
 
     def root(self, length: float) -> Increment:
         """The whole span, (1, batch, *event)."""
@@ -155,7 +162,7 @@ class GridWalk:
         count = len(lengths)
         self._group = count & -count
         self._levels = int(self._group).bit_length() - 1
-        self._normals = _Normals(noise, count // self._group, event, dtype, areas)
+        self._normals = NodeNormals(noise, count // self._group, event, dtype, areas)
         numbers = max(1, noise.index.numel() * math.prod(event) * (2 if areas else 1))
         self._size = max(1, BLOCK // numbers)
         self._stack = [(0, count, self._normals.root(float(self._clock[-1])))]
@@ -269,7 +276,7 @@ class TreeWalk:
         self, noise: Noise, times: Tensor, event: tuple[int, ...] | torch.Size, dtype: torch.dtype, areas: bool
     ) -> None:
         self.lengths = torch.diff(times).abs()
-        self._normals = _Normals(noise, 1, event, dtype, areas=True)
+        self._normals = NodeNormals(noise, 1, event, dtype, areas=True)
         self._areas = areas
         clock = (times - times[0]).abs().numpy()
         self._span = float(clock[-1])
@@ -312,7 +319,19 @@ def _ticks(clock: np.ndarray, start: float, span: float) -> list[int]:
     return np.rint((clock - start) / (span or 1.0) * 2.0**DEPTH).astype(np.int64).tolist()
 
 
-def _halves(normals: _Normals, level: int, position: int, part: Increment, span: float) -> tuple[Increment, Increment]:
+def split_halves(normals: NodeNormals, nodes: tuple[Tensor, Tensor], whole: Increment, length: Tensor) -> Increment:
+    """The halves (2, batch, *event) of one node (1, batch, *event) a sample: (level, position) of their
+    middles and lengths of the wholes (batch,)."""
+    z1, z2 = normals.of(nodes[0][None], nodes[1][None])
+    half = 0.5 * length.cpu().numpy()
+    shape = (1, -1, *[1] * (z1.ndim - 2))
+    c = Split(*(torch.from_numpy(v).reshape(shape).to(z1) for v in split_coefficients(half, half, True)))
+    return split(whole, c, z1, z2)
+
+
+def _halves(
+    normals: NodeNormals, level: int, position: int, part: Increment, span: float
+) -> tuple[Increment, Increment]:
     """The halves of a node of the tree in time. Its normals are those of a `GridWalk` of 2^k equal intervals."""
     half = np.array([span * 2.0 ** -(level + 1)])
     z1, z2 = normals.of(np.array([level + 1]), np.array([2 * position + 1]))
@@ -356,7 +375,7 @@ class BrownianPath:
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"expected float32 or float64, got {dtype}")
         noise = Noise(seed, shape[0], index=index, device=device, antithetic=antithetic)
-        self._normals = _Normals(noise, 1, tuple(shape[1:]), dtype, areas=True)
+        self._normals = NodeNormals(noise, 1, tuple(shape[1:]), dtype, areas=True)
         self._start, self._length = start, end - start
         self._root = self._normals.root(self._length)
 

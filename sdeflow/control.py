@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from sdeflow.noise import Noise
+from sdeflow.pid import PID
 from sdeflow.sde import Problem, checked_shape
 from sdeflow.solution import Solution, State, Stats, Status
 from sdeflow.solvers.base import Pair, Solver, per_row
@@ -51,55 +50,6 @@ class FixedGrid:
             stats=Stats(nfe=calls, steps=self._i, accepted=self._i, rejected=0, calls=calls),
             seed=None if self._noise is None else self._noise.seed,
         )
-
-
-@dataclass(frozen=True)
-class PID:
-    """Step size control: h <- h clip(safety e^(-b1) e_prev^b2), e the error in units of the tolerance.
-
-    (Soderlind 2003, Digital filters in adaptive time-stepping; the defaults are the PI controller
-    of Hairer and Wanner 1996, Solving ODEs II, section IV.2, beta = 0.04 q.)
-
-    Args:
-        rtol, atol: the tolerance of a component is atol + rtol |x|; the norm of a sample is the
-            root mean square over its components.
-        max_steps: attempts a sample may make.
-    """
-
-    rtol: float
-    atol: float
-    max_steps: int = 100_000
-    safety: float = 0.9
-    shrink: float = 0.2
-    grow: float = 10.0
-    proportional: float = 0.7
-    integral: float = 0.4
-
-    def __post_init__(self) -> None:
-        for name in ("rtol", "atol"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and value >= 0 and value == value):
-                raise ValueError(f"expected {name} >= 0, got {value!r}")
-        if not self.rtol + self.atol > 0:
-            raise ValueError("expected rtol or atol above 0, got 0 for both")
-        if not self.max_steps >= 1:
-            raise ValueError(f"expected max_steps >= 1, got {self.max_steps!r}")
-
-    def norm(self, error: Tensor, *states: Tensor) -> Tensor:
-        """The error of each sample in units of its tolerance, float64 (batch,).
-
-        Carries no gradient: step sizes are choices, not part of the solution map.
-        """
-        size = torch.stack([s.detach().abs() for s in states]).amax(0).to(torch.float64)
-        allowed = torch.clamp(self.atol + self.rtol * size, min=torch.finfo(torch.float64).tiny)
-        scaled = (error.detach().to(torch.float64) / allowed).reshape(error.shape[0], -1)
-        return torch.sqrt((scaled**2).mean(1))
-
-    def factor(self, error: Tensor, previous: Tensor, order: int) -> Tensor:
-        """The factor of the next step after one of `error` (in tolerances), (batch,)."""
-        tiny = torch.clamp(error, min=1e-10)
-        factor = self.safety * tiny ** (-self.proportional / order) * previous ** (self.integral / order)
-        return torch.clamp(factor, self.shrink, self.grow)
 
 
 _KEEP = 8

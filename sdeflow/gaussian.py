@@ -286,14 +286,14 @@ class _FromKernel(GaussianSDE):
 
 @dataclass(frozen=True, eq=False)
 class _FromCoefficients(GaussianSDE):
-    f: Callable[[Tensor], Any]
-    g: Callable[[Tensor], Any]
+    given_drift: Callable[[Tensor], Any]
+    given_diffusion: Callable[[Tensor], Any]
     t0: float
     t1: float
     t_min: float = _SAMPLING_SHARE
 
     def drift_coeff(self, t: Tensor) -> Tensor:
-        return _like(self.f(t), t)
+        return _like(self.given_drift(t), t)
 
     def diffusion_coeff(self, t: Tensor) -> Tensor:
-        return _like(self.g(t), t)
+        return _like(self.given_diffusion(t), t)

@@ -9,8 +9,11 @@ The Brownian paths made of these numbers are in `sdeflow.brownian`.
 
 from __future__ import annotations
 
+import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,6 +117,14 @@ class Noise:
             self._keys[stream] = _advance(_advance(_mix(root), stream), self._owner)
         return self._keys[stream]
 
+    def take(self, rows: Tensor) -> Noise:
+        """The noise of some samples of the batch."""
+        part = copy.copy(self)
+        part.index, part._owner = self.index[rows], self._owner[rows]
+        part._sign = None if self._sign is None else self._sign[rows]
+        part._keys = {stream: keys[rows] for stream, keys in self._keys.items()}
+        return part
+
     def normal(self, stream: int, node: int, event: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
         """Standard normals (batch, *event) of one node of a stream."""
         return self.draw(stream, torch.tensor([node]), event, dtype)[0]
@@ -168,6 +179,52 @@ class Noise:
         if self._sign is not None:
             flat = flat * self._sign.unsqueeze(-1)
         return flat.reshape(*keys.shape, *event).to(dtype)
+
+
+class NoiseSource(ABC):
+    """What `solve` takes as `noise`."""
+
+    @abstractmethod
+    def bind(self, batch: int, index: int | Tensor | None, device: torch.device | str) -> Noise:
+        """The noise of a batch of samples."""
+
+
+@dataclass(frozen=True)
+class Seeded(NoiseSource):
+    """What a seed alone means: a path that grids of m 2^k steps, m odd, share when they refine each other."""
+
+    seed: int
+
+    def bind(self, batch: int, index: int | Tensor | None, device: torch.device | str) -> Noise:
+        return Noise(self.seed, batch, index=index, device=device)
+
+
+@dataclass(frozen=True)
+class SamePath(NoiseSource):
+    """One Brownian path a sample, whatever the grid and the solver: that of `BrownianPath` on the solve's span.
+
+    Costs up to 40 splits a step where times are no fractions of the span by a power of 2; see docs/noise.md.
+    """
+
+    seed: int
+
+    def bind(self, batch: int, index: int | Tensor | None, device: torch.device | str) -> Noise:
+        return Noise(self.seed, batch, index=index, device=device, one_path=True)
+
+
+@dataclass(frozen=True)
+class Antithetic(NoiseSource):
+    """Samples of index 2j and 2j + 1 see opposite numbers: the path, and every other draw of the solve.
+
+    Args:
+        same_path: as `SamePath`, else as a seed.
+    """
+
+    seed: int
+    same_path: bool = False
+
+    def bind(self, batch: int, index: int | Tensor | None, device: torch.device | str) -> Noise:
+        return Noise(self.seed, batch, index=index, device=device, antithetic=True, one_path=self.same_path)
 
 
 def checked_seed(seed: object) -> int:

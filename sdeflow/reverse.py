@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from sdeflow.calculus import apply_covariance, divergence
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model, Row, as_model, row_of
 from sdeflow.quadrature import gauss_legendre
@@ -87,7 +88,7 @@ class ReverseSDE(SDE):
         process = self.process
         weight = process.direction * 0.5 * (1 + self.eta_at(t) ** 2)
         correction = self.divergence(x, t) + apply_covariance(process, x, t, self.model.score(x, t))
-        return process.drift(x, t).to(x.dtype) - weight.to(x.dtype) * correction
+        return process.ito_drift(x, t).to(x.dtype) - weight.to(x.dtype) * correction
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
         g = self.process.diffusion(x, t)
@@ -209,70 +210,3 @@ def _target_row(target: str, process: GaussianSDE, times: Tensor) -> Row:
         variance = float(target.removeprefix("split:"))
         return torch.ones_like(times), -variance * process.alpha(times) / process.sigma(times)
     return row_of(target, process, times)
-
-
-def apply_covariance(process: SDE, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
-    """D v = G (G^T v), of the shape of x."""
-    g = process.diffusion(x, t).to(x.dtype)
-    if process.noise == "diagonal":
-        return g**2 * v
-    matrix = g.flatten(1, -2)
-    return (matrix @ (matrix.mT @ v.flatten(1).unsqueeze(-1))).reshape(x.shape)
-
-
-def divergence(process: SDE, x: Tensor, t: Tensor) -> Tensor:
-    """(div D)_i = sum_j d_j D_ij of D = G G^T, of the shape of x, by autodiff.
-
-    Zero without work when G does not depend on x. Diagonal noise: 2 G_i d_i G_i, by two vector-Jacobian products
-    where each G_i depends on its own coordinate alone (the second verifies it), by one a coordinate otherwise.
-    General noise: one Jacobian-vector product a coordinate, sum_jk (d_j G_ik) G_jk + G_ik d_j G_jk.
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        leaf = x.detach().clone().requires_grad_() if not x.requires_grad else x
-        time = t.clone() if t.is_inference() else t
-        g = process.diffusion(leaf, time)
-        if not g.requires_grad or not _depends(g, leaf):
-            return torch.zeros_like(x)
-    if process.noise == "general":
-        return _general_divergence(process, x, t)
-    # a graph only where the caller differentiates: through x, or through parameters of the diffusion
-    keep = torch.is_grad_enabled() and (x.requires_grad or process.diffusion(x, t).requires_grad)
-    with torch.inference_mode(False), torch.enable_grad():
-        square = (g**2).expand(leaf.shape)
-        own = torch.autograd.grad(square.sum(), leaf, create_graph=keep, retain_graph=True)[0]
-        if _is_own_coordinate(square, leaf, own):
-            return own
-        flat = square.flatten(1)
-        columns = [
-            torch.autograd.grad(flat[:, i].sum(), leaf, create_graph=keep, retain_graph=True)[0].flatten(1)[:, i]
-            for i in range(flat.shape[1])
-        ]
-        return torch.stack(columns, dim=1).reshape(x.shape)
-
-
-def _depends(g: Tensor, leaf: Tensor) -> bool:
-    """Whether g was computed from leaf (it may require grad through parameters alone)."""
-    return torch.autograd.grad(g.sum(), leaf, retain_graph=True, allow_unused=True)[0] is not None
-
-
-def _is_own_coordinate(square: Tensor, leaf: Tensor, own: Tensor) -> bool:
-    """Whether the Jacobian J of `square` is diagonal, given own = J^T 1: J^T w is then w own for any weights w."""
-    # distinct irrational weights: that off-diagonal entries cancel for these and for 1 is not generic
-    weights = 1 + torch.frac(torch.arange(leaf[0].numel(), dtype=leaf.dtype, device=leaf.device) * 0.6180339887)
-    weights = weights.reshape(leaf.shape[1:]).expand(leaf.shape)
-    weighted = torch.autograd.grad((square * weights).sum(), leaf, retain_graph=True)[0] / weights
-    gap, scale = (own - weighted).detach().abs().amax(), own.detach().abs().amax()
-    return bool((gap <= 64 * torch.finfo(leaf.dtype).eps * scale).item())
-
-
-def _general_divergence(process: SDE, x: Tensor, t: Tensor) -> Tensor:
-    matrix = process.diffusion(x, t).flatten(1, -2)
-    batch, d, _ = matrix.shape
-    total = torch.zeros(batch, d, dtype=x.dtype, device=x.device)
-    for j in range(d):
-        direction = torch.zeros(batch, d, dtype=x.dtype, device=x.device)
-        direction[:, j] = 1.0
-        slope = torch.func.jvp(lambda y: process.diffusion(y, t), (x,), (direction.reshape(x.shape),))[1]
-        slope = slope.flatten(1, -2)
-        total = total + (slope @ matrix[:, j].unsqueeze(-1) + matrix @ slope[:, j].unsqueeze(-1)).squeeze(-1)
-    return total.reshape(x.shape)

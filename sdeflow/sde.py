@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from sdeflow import grids
+from sdeflow.calculus import correction
+from sdeflow.interop import OdeCallable, SdeCallable
 
 if TYPE_CHECKING:
     from sdeflow.model import Model
@@ -37,7 +39,7 @@ def checked_shape(value: object, x: Tensor, what: str) -> Tensor:
     return value if value.dtype == x.dtype else value.to(x.dtype)
 
 
-class Problem(ABC):
+class Problem(ABC, OdeCallable):
     """What `solve` integrates. Users derive from `ODE` or `SDE`, not from this class."""
 
     t0: float = 0.0
@@ -110,16 +112,22 @@ class ODE(Problem):
     """
 
 
-class SDE(Problem):
-    """A user's Ito equation dx = f(x, t) dt + G(x, t) dW on [t0, t1].
+class SDE(Problem, SdeCallable):
+    """A user's equation dx = f(x, t) dt + G(x, t) dW on [t0, t1].
 
     Write `drift(self, x, t)` and `diffusion(self, x, t)`; set `t0`, `t1` and `noise`:
 
     - "diagonal": `diffusion` broadcasts against x and multiplies noise of the shape of x;
     - "general": `diffusion` returns (*x.shape, m) and multiplies noise of m components a sample.
+
+    `interpretation` says which equation f belongs to, Ito's or Stratonovich's; everything that needs the other
+    converts. `additive` and `commutative` declare the noise where probing at the start states should not decide.
     """
 
     noise: Literal["diagonal", "general"] = "diagonal"
+    interpretation: Literal["ito", "stratonovich"] = "ito"
+    additive: bool | None = None
+    commutative: bool | None = None
 
     @abstractmethod
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
@@ -128,6 +136,27 @@ class SDE(Problem):
     @property
     def stochastic(self) -> bool:
         return True
+
+    def ito_drift(self, x: Tensor, t: Tensor) -> Tensor:
+        """The drift of the Ito equation: f, or f + c for a Stratonovich one, c_i = 1/2 sum_jk G_jk d_j G_ik."""
+        f = self.drift(x, t)
+        return f if self._is("ito") else f + self.direction * correction(self, x, t)
+
+    def stratonovich_drift(self, x: Tensor, t: Tensor) -> Tensor:
+        """The drift of the Stratonovich equation: f, or f - c for an Ito one."""
+        f = self.drift(x, t)
+        return f if self._is("stratonovich") else f - self.direction * correction(self, x, t)
+
+    def _is(self, interpretation: str) -> bool:
+        if self.interpretation not in ("ito", "stratonovich"):
+            raise ValueError(f'expected interpretation "ito" or "stratonovich", got {self.interpretation!r}')
+        return self.interpretation == interpretation
+
+    def evaluator(self, target: str, times: Tensor) -> Evaluator:
+        if target != "drift" or self._is("ito"):
+            return super().evaluator(target, times)
+        ts = times.unbind()
+        return lambda k, x: checked_shape(self.ito_drift(x, ts[k]), x, "the drift")
 
     def scalar_diffusion(self, times: Tensor) -> Tensor | None:
         """The diffusion at `times` (n,) where it is one number for all of x, known without x; else None."""

@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sdeflow.control import PID, Adaptive, FixedGrid
-from sdeflow.noise import Noise, fresh_seed
+from sdeflow.control import Adaptive, FixedGrid
+from sdeflow.control_sde import AdaptivePath
+from sdeflow.noise import Noise, NoiseSource, Seeded, fresh_seed
+from sdeflow.pid import PID
 from sdeflow.plan import Plan
-from sdeflow.sde import Problem
+from sdeflow.sde import SDE, Problem
 from sdeflow.solution import Solution, SolveError, State
 from sdeflow.solvers.backends import Backend, March
 from sdeflow.solvers.base import Solver
+from sdeflow.solvers.stochastic import StochasticSolver
 
 Grid = Tensor | Sequence[float] | Callable[..., Tensor]
 Save = bool | Sequence[float] | Tensor | None
@@ -32,6 +35,7 @@ def solve(
     t_span: tuple[float, float] | None = None,
     seed: int | None = None,
     index: int | Tensor | None = None,
+    noise: NoiseSource | None = None,
     save: Save = None,
     progress: bool = False,
     throw: bool = True,
@@ -51,6 +55,8 @@ def solve(
         t_span: (start, end) instead of the problem's own span.
         seed: of the noise; None draws one from torch's generator (it is in the solution).
         index: the samples' indices in the noise: an offset, or one a sample.
+        noise: instead of a seed: `SamePath(seed)`, one Brownian path for every grid and every solver;
+            `Antithetic(seed)`, pairs of opposite paths; `RecordedPath(times, values)`, a path of your own.
         save: True for every grid point, or times: grid points on a grid; any times with a tolerance
             (dense output).
         progress: show a progress bar (needs tqdm).
@@ -61,7 +67,7 @@ def solve(
         ValueError, TypeError: input that cannot be solved; before the first model call.
         SolveError: a sample failed and `throw` is set; it carries the solution.
     """
-    march = _march(problem, x, solver, steps, grid, rtol, atol, t_span, seed, index, save, max_steps)
+    march = _march(problem, x, solver, steps, grid, rtol, atol, t_span, seed, index, noise, save, max_steps)
     states = _run(march)
     if progress:
         states = _with_progress(states, march)
@@ -85,13 +91,14 @@ def iterate(
     t_span: tuple[float, float] | None = None,
     seed: int | None = None,
     index: int | Tensor | None = None,
+    noise: NoiseSource | None = None,
     max_steps: int = 100_000,
 ) -> Iterator[State]:
     """The states of `solve`, one after each step (the start first); arguments as there.
 
     A preview, an early stop or a checkpoint is a loop over it. Input is checked at the call.
     """
-    return _run(_march(problem, x, solver, steps, grid, rtol, atol, t_span, seed, index, None, max_steps))
+    return _run(_march(problem, x, solver, steps, grid, rtol, atol, t_span, seed, index, noise, None, max_steps))
 
 
 def _run(march: March) -> Iterator[State]:
@@ -127,10 +134,12 @@ def _march(
     t_span: tuple[float, float] | None,
     seed: int | None,
     index: int | Tensor | None,
+    noise: NoiseSource | None,
     save: Save,
     max_steps: int,
 ) -> March:
     _check_types(problem, x, solver)
+    _check_noise(noise, seed)
     problem.check_batch(x.shape[0])
     solver.check(problem)
     if rtol is not None or atol is not None:
@@ -139,7 +148,20 @@ def _march(
         control = PID(_either(rtol, atol), _either(atol, rtol), max_steps)
         span = _checked_span(problem, t_span)
         if isinstance(solver, Backend):
-            return solver.march(problem, x, span, control, _save_times(save, span, x.device))
+            bound = _bind(noise, seed, x, index) if solver.draws_noise(problem) else None
+            return solver.march(problem, x, span, control, _save_times(save, span, x.device), bound)
+        if isinstance(solver, StochasticSolver) and solver.adaptive:
+            return _path_march(
+                problem,
+                x,
+                solver,
+                span,
+                solver.control(control.rtol, control.atol, max_steps),
+                seed,
+                index,
+                noise,
+                save,
+            )
         pair = solver.pair
         if pair is None:
             raise ValueError(f"{solver.name} has no error estimate: expected steps or grid, got rtol/atol")
@@ -149,10 +171,48 @@ def _march(
             )
         return Adaptive(pair, problem, x, span, control, _save_times(save, span, x.device))
     ts = _grid(problem, solver, steps, grid, t_span)
-    noise = None
-    if solver.draws_noise(problem):
-        noise = Noise(fresh_seed() if seed is None else seed, x.shape[0], index=index, device=x.device)
-    return FixedGrid(solver, problem, x, ts, noise, _save_points(save, ts))
+    bound = _bind(noise, seed, x, index) if solver.draws_noise(problem) else None
+    return FixedGrid(solver, problem, x, ts, bound, _save_points(save, ts))
+
+
+def _path_march(
+    problem: Problem,
+    x: Tensor,
+    solver: StochasticSolver,
+    span: tuple[float, float],
+    control: PID,
+    seed: int | None,
+    index: int | Tensor | None,
+    noise: NoiseSource | None,
+    save: Save,
+) -> March:
+    assert isinstance(problem, SDE)
+    if save is not None and save is not False:
+        raise ValueError(
+            f"{solver.name} to a tolerance keeps only the end: between its steps a path is not interpolated; "
+            "for times in between solve on a grid through them"
+        )
+    bound = _bind(noise, seed, x, index)
+    if type(bound) is not Noise:
+        raise ValueError(f"a solve to a tolerance asks for any interval of its path: expected seed, got {noise!r}")
+    return AdaptivePath(solver, problem, x, span, control, bound)
+
+
+def _bind(noise: NoiseSource | None, seed: int | None, x: Tensor, index: int | Tensor | None) -> Noise:
+    if noise is None:
+        noise = Seeded(fresh_seed() if seed is None else seed)
+    return noise.bind(x.shape[0], index, x.device)
+
+
+def _check_noise(noise: object, seed: int | None) -> None:
+    if noise is None:
+        return
+    if seed is not None:
+        raise ValueError("expected seed or noise, not both")
+    if not isinstance(noise, NoiseSource):
+        raise TypeError(
+            f"expected noise as sf.SamePath(seed), sf.Antithetic(seed) or sf.RecordedPath(...), got {noise!r}"
+        )
 
 
 def _either(given: float | None, other: float | None) -> float:

@@ -1,5 +1,6 @@
 """torchdiffeq and scipy behind `solve`: the same results as called directly, with our checks, counts and statuses."""
 
+import math
 import sys
 
 import numpy as np
@@ -374,3 +375,34 @@ def test_a_missing_torchdiffeq_is_one_clear_error(monkeypatch):
         with pytest.raises(ImportError, match=r"pip install 'sdeflow\[peers\]'"):
             sf.solve(problem, start(), solver, **how)
     assert not problem.times
+
+
+# ---- our problems handed to torchdiffeq
+
+
+@pytest.mark.parametrize("times", [[0.0, 0.7, 2.0], [1.7, 0.2]], ids=["up", "down"])
+@pytest.mark.parametrize("shape", [(6, 2), (4, 3, 2, 2)])
+def test_torchdiffeq_takes_a_problem(shape, times):
+    problem, x = Recording(Turning()), start(1, math.prod(shape)).reshape(shape)
+    got = torchdiffeq.odeint(problem, x, torch.tensor(times, dtype=F64), rtol=1e-9, atol=1e-9)
+    assert problem.dtypes == {(F64, F64, 0)}
+    for state, t in zip(got, times, strict=True):
+        torch.testing.assert_close(state, x * math.exp(math.sin(t) - math.sin(times[0])), rtol=1e-6, atol=1e-7)
+
+
+def test_torchdiffeq_takes_a_flow_in_float32():
+    problem, x, ts = Recording(flow()), start().to(torch.float32), torch.tensor([1.0, 0.1])
+    options = {"step_t": ts[-1:], "first_step": 0.01}
+    got = torchdiffeq.odeint(problem, x, ts, rtol=1e-6, atol=1e-6, method="dopri5", options=options)[-1]
+    assert problem.dtypes == {(torch.float32, F64, 0)}
+    want = sf.solve(flow(), x.to(F64), sf.solvers.DOP853(), rtol=1e-10, atol=1e-10, t_span=(1.0, 0.1)).x
+    torch.testing.assert_close(got.to(F64), want, rtol=0, atol=1e-4)
+
+
+def test_a_problem_called_directly_checks_its_shape():
+    class Narrow(sf.ODE):
+        def drift(self, x, t):
+            return x.sum(1, keepdim=True)
+
+    with pytest.raises(ValueError, match=r"the drift returned \(6, 1\) for x of shape \(6, 2\)"):
+        torchdiffeq.odeint(Narrow(), start(), torch.tensor([0.0, 1.0]))

@@ -589,7 +589,7 @@ def test_the_calls_are_those_declared(row):
 def test_the_rows_say_what_the_solvers_say(row):
     solver = row.make()
     assert solver.view == row.view
-    assert (solver.pair is not None) == row.adaptive
+    assert (solver.pair is not None or getattr(solver, "adaptive", False)) == row.adaptive
     if hasattr(solver, "order") and not row.name.startswith("DDPM"):
         assert solver.order + bool(getattr(solver, "corrector", False)) == row.order
     model = sf.problems.Gaussian([0.5], [0.2]).model(sf.VP())

@@ -1,7 +1,8 @@
 """Solvers: construct one and pass it to `solve` or `sample`; `CATALOGUE` lists all."""
 
 from sdeflow.solvers.adams import Adams, AdamsBashforth, AdamsBashforthMoulton
-from sdeflow.solvers.backends import Scipy, Torchdiffeq
+from sdeflow.solvers.adaptive_sde import AdaptiveSDE
+from sdeflow.solvers.backends import Scipy, Torchdiffeq, Torchsde
 from sdeflow.solvers.base import LinearSolver, Solver
 from sdeflow.solvers.catalogue import CATALOGUE, Row, by_name
 from sdeflow.solvers.edm import EDMEuler, EDMHeun, EDMSampler
@@ -20,6 +21,7 @@ from sdeflow.solvers.exponential_rk import ExponentialRK
 from sdeflow.solvers.gaussian_split import GaussianSplit, estimate_split
 from sdeflow.solvers.in_variable import InVariable
 from sdeflow.solvers.langevin import Langevin, PredictorCorrector
+from sdeflow.solvers.milstein import LevyMilstein, Milstein
 from sdeflow.solvers.named import DPM2, IPNDM, LMS, PNDM, RhoRK, StraightABM
 from sdeflow.solvers.restart import Restart, RestartInterval
 from sdeflow.solvers.rosenbrock import ROS2, ROS34PW2, Rosenbrock
@@ -36,10 +38,29 @@ from sdeflow.solvers.runge_kutta import (
     RungeKutta,
     Tsit5,
 )
+from sdeflow.solvers.splitting import Splitting
+from sdeflow.solvers.stabilised import SKROCK
+from sdeflow.solvers.stochastic import StochasticSolver
+from sdeflow.solvers.stochastic_rk import SRA1, SRA3, SRIW1, ShARK
+from sdeflow.solvers.stratonovich import StochasticHeun, StochasticMidpoint
 from sdeflow.solvers.tableaus import Tableau
+from sdeflow.solvers.weak import PlatenWeak2
 
 __all__ = [
     "CATALOGUE",
+    "PlatenWeak2",
+    "StochasticMidpoint",
+    "StochasticHeun",
+    "ShARK",
+    "SRIW1",
+    "SRA3",
+    "SRA1",
+    "StochasticSolver",
+    "SKROCK",
+    "Splitting",
+    "Milstein",
+    "LevyMilstein",
+    "AdaptiveSDE",
     "DDIM",
     "DDPM",
     "DEIS",
@@ -86,6 +107,7 @@ __all__ = [
     "StraightABM",
     "Tableau",
     "Torchdiffeq",
+    "Torchsde",
     "Tsit5",
     "UniPC",
     "by_name",

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from sdeflow.calculus import NOISE_KINDS
 from sdeflow.solvers.adams import AdamsBashforth, AdamsBashforthMoulton
+from sdeflow.solvers.adaptive_sde import AdaptiveSDE
 from sdeflow.solvers.base import LinearSolver, Solver, View
 from sdeflow.solvers.edm import EDMEuler, EDMHeun
 from sdeflow.solvers.euler_maruyama import EulerMaruyama
@@ -14,6 +16,7 @@ from sdeflow.solvers.exponential import DDIM, DDPM, DEIS, DPMSolver, DPMSolverPP
 from sdeflow.solvers.exponential_rk import ExponentialRK
 from sdeflow.solvers.gaussian_split import GaussianSplit
 from sdeflow.solvers.langevin import Langevin, PredictorCorrector
+from sdeflow.solvers.milstein import LevyMilstein, Milstein
 from sdeflow.solvers.named import DPM2, IPNDM, PNDM, RhoRK, StraightABM
 from sdeflow.solvers.rosenbrock import ROS2, ROS34PW2
 from sdeflow.solvers.runge_kutta import (
@@ -29,6 +32,11 @@ from sdeflow.solvers.runge_kutta import (
     RungeKutta,
     Tsit5,
 )  # fmt: skip
+from sdeflow.solvers.stabilised import SKROCK
+from sdeflow.solvers.stochastic import StochasticSolver
+from sdeflow.solvers.stochastic_rk import SRA1, SRA3, SRIW1, ShARK
+from sdeflow.solvers.stratonovich import StochasticHeun, StochasticMidpoint
+from sdeflow.solvers.weak import PlatenWeak2
 
 
 @dataclass(frozen=True)
@@ -40,11 +48,13 @@ class Row:
         make: constructor without arguments.
         order: order of convergence on problems without noise, with a start-up of full order where the method has
             one (`start`); None if it is not meant for them. A corrector adds one to the order in its name.
-        strong_order, weak_order: on problems with noise (additive, the case of Gaussian processes);
-            None if it refuses them.
+        strong_order, weak_order: on problems with additive noise, as that of every Gaussian process; None if it
+            refuses noise.
+        strong_diagonal, strong_general: strong orders with diagonal (or scalar) and with general noise; None if it
+            refuses it.
         nfe_per_step: model calls a step on a fixed grid.
         view: of the problem.
-        noise: kinds of noise it integrates.
+        noise: kinds of noise it integrates (`sdeflow.calculus.NOISE_KINDS`).
         adaptive: whether it solves to a tolerance.
         start_calls: model calls that its start-up adds, whatever the number of steps.
         reference: paper and equation.
@@ -61,6 +71,8 @@ class Row:
     noise: tuple[str, ...] = ()
     adaptive: bool = False
     start_calls: int = 0
+    strong_diagonal: float | None = None
+    strong_general: float | None = None
 
 
 def _runge_kutta(make: Callable[[], RungeKutta]) -> Row:
@@ -69,12 +81,22 @@ def _runge_kutta(make: Callable[[], RungeKutta]) -> Row:
     return Row(solver.name, make, solver.order, used, "drift", solver.tableau.reference, adaptive=solver.adaptive)
 
 
+def _stochastic(make: Callable[[], StochasticSolver], calls: int, weak: float, reference: str) -> Row:
+    """A one-step method for SDEs of any kind of noise that it fits."""
+    solver = make()
+    orders = [solver.order_for(kind) if kind in solver.fits else None for kind in ("additive", "diagonal", "general")]
+    return Row(
+        solver.name, make, None, calls, "drift", reference, orders[0], weak, solver.fits, solver.adaptive,
+        strong_diagonal=orders[1], strong_general=orders[2],
+    )  # fmt: skip
+
+
 def _exponential(
     make: Callable[[], LinearSolver], order: float, reference: str, *, calls: int = 1, adaptive: bool = False,
     weak: float | None = None,
 ) -> Row:  # fmt: skip
     """A method of the transition view; with `weak`, one that also takes the problem's noise."""
-    noise: tuple[str, ...] = () if weak is None else ("diagonal",)
+    noise: tuple[str, ...] = () if weak is None else ("additive",)
     strong = None if weak is None else 1
     return Row(make().name, make, order, calls, "transition", reference, strong, weak, noise, adaptive)
 
@@ -104,25 +126,36 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "EulerMaruyama", EulerMaruyama, 1, 1, "drift", "Maruyama 1955; Kloeden and Platen 1992, section 10.2",
-        strong_order=1, weak_order=1, noise=("diagonal", "general"),
+        strong_order=1, weak_order=1, noise=NOISE_KINDS, strong_diagonal=0.5, strong_general=0.5,
     ),
+    _stochastic(Milstein, 1, 1, "Milstein 1974; Kloeden and Platen 1992, section 10.3"),
+    _stochastic(LevyMilstein, 1, 1, "Kloeden and Platen 1992, section 10.3; areas: Foster 2020, chapter 7"),
+    _stochastic(StochasticHeun, 2, 1, "Rumelin 1982"),
+    _stochastic(StochasticMidpoint, 2, 1, "Kloeden and Platen 1992, section 8.1"),
+    _stochastic(SRA1, 2, 2, "Rossler 2010, table 6.2"),
+    _stochastic(SRA3, 3, 2, "Rossler 2010, table 6.3"),
+    _stochastic(ShARK, 2, 2, "Foster, dos Reis and Strange 2023, section 5"),
+    _stochastic(SRIW1, 2, 2, "Rossler 2010, table 5.2"),
+    _stochastic(PlatenWeak2, 2, 2, "Kloeden and Platen 1992, section 15.1, equation 1.3"),
+    _stochastic(SKROCK, 5, 1, "Abdulle, Almuslimani and Vilmart 2018, equation 9"),
+    _stochastic(AdaptiveSDE, 2, 1, "Jolicoeur-Martineau et al. 2021, algorithm 1"),
     _exponential(DDIM, 1, "Song et al. 2021, DDIM, equation 12"),
     Row(
         "DDPM", DDPM, None, 1, "transition", "Ho et al. 2020, DDPM, equations 6-7",
-        strong_order=1, weak_order=1, noise=("diagonal",),
+        strong_order=1, weak_order=1, noise=("additive",),
     ),
     *(
         Row(f"DPMSolver({k}S)", partial(DPMSolver, k), k, k, "transition", _DPM, adaptive=k > 1)
         for k in (2, 3)
     ),
     *(
-        Row(f"DPMSolver({k}M)", partial(DPMSolver, k, True), k, 1, "transition", _DPM, 1, 2, ("diagonal",))
+        Row(f"DPMSolver({k}M)", partial(DPMSolver, k, True), k, 1, "transition", _DPM, 1, 2, ("additive",))
         for k in (2, 3)
     ),
     *(
         Row(
             f"DPMSolverPP({k})", partial(DPMSolverPP, k), k, 1, "transition",
-            _DPMPP + (", with the full second difference" if k == 3 else ""), 1, min(k, 2), ("diagonal",),
+            _DPMPP + (", with the full second difference" if k == 3 else ""), 1, min(k, 2), ("additive",),
         )
         for k in (1, 2, 3)
     ),
@@ -135,7 +168,7 @@ CATALOGUE: tuple[Row, ...] = (
     *(Row(f"IPNDM({k})", partial(IPNDM, k), k, 1, "transition", _DEIS + " (rhoAB)") for k in (2, 3, 4)),
     Row("PNDM", PNDM, 4, 1, "transition", "Liu et al. 2022, PNDM, equations 11-12", start_calls=9),
     *(
-        Row(f"UniPC({k})", partial(UniPC, k), k + 1, 1, "transition", _UNIPC, 1, 2, ("diagonal",))
+        Row(f"UniPC({k})", partial(UniPC, k), k + 1, 1, "transition", _UNIPC, 1, 2, ("additive",))
         for k in (1, 2, 3)
     ),
     *(
@@ -152,13 +185,13 @@ CATALOGUE: tuple[Row, ...] = (
     *(
         Row(
             f"GaussianSplit({k})", partial(GaussianSplit, k), k + 1, 1, "transition", "this project: docs/solvers.md",
-            1, 1, ("diagonal",),
+            1, 1, ("additive",),
         )
         for k in (2, 3)
     ),
     Row(
         "EulerMaruyama+Langevin", lambda: PredictorCorrector(EulerMaruyama(), Langevin()), None, 2, "drift",
-        "Song et al. 2021, Score-based generative modeling, algorithm 1", noise=("diagonal",),
+        "Song et al. 2021, Score-based generative modeling, algorithm 1", noise=("additive",),
     ),
 )  # fmt: skip
 """Every method, in the order of the documentation's table."""
@@ -178,11 +211,16 @@ def by_name(name: str) -> Row:
 
 def markdown_table() -> str:
     """The catalogue as the Markdown table of the documentation."""
-    head = "| solver | order (ODE) | strong | weak | calls a step | view | noise | adaptive | reference |"
-    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
+    head = (
+        "| solver | order (ODE) | strong, additive noise | diagonal | general | weak | calls a step | view | noise | "
+        "adaptive | reference |"
+    )
+    lines = [head, "|---|---|---|---|---|---|---|---|---|---|---|"]
     for row in CATALOGUE:
-        orders = " | ".join("-" if v is None else f"{v:g}" for v in (row.order, row.strong_order, row.weak_order))
-        noise, adaptive = ", ".join(row.noise) or "-", "yes" if row.adaptive else "-"
+        columns = (row.order, row.strong_order, row.strong_diagonal, row.strong_general, row.weak_order)
+        orders = " | ".join("-" if v is None else f"{v:g}" for v in columns)
+        noise = "any" if row.noise == NOISE_KINDS else ", ".join(row.noise) or "-"
+        adaptive = "yes" if row.adaptive else "-"
         lines.append(
             f"| `{row.name}` | {orders} | {row.nfe_per_step} | {row.view} | {noise} | {adaptive} | {row.reference} |"
         )
