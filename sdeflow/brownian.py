@@ -17,17 +17,20 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.noise import AREA, BLOCK, PATH, Noise
+from sdeflow.noise import AREA, BLOCK, PATH, SCRATCH, Noise, hashed_words
 
 DEPTH = 40
 """Levels of the tree in time: times are told apart down to 2^-40 (1e-12) of its span."""
 _ROOT_LEVEL = 63
+_EVEN = 1 / 16
 
 
 class Increment(NamedTuple):
@@ -47,16 +50,25 @@ class Walk(Protocol):
 
 
 class Split(NamedTuple):
-    """Coefficients of splits of lengths p, q: arrays, or numbers."""
+    """Coefficients of splits, each a column of one a node; the last five only with areas.
 
-    left: Tensor | float
-    right: Tensor | float
-    lift: Tensor | float
-    std: Tensor | float
-    keep_left: Tensor | float
-    keep_right: Tensor | float
-    tilt_left: Tensor | float
-    tilt_right: Tensor | float
+    `even`: no right part is so short that it should not be the whole less the left one, at one rounding error.
+    """
+
+    even: bool
+    left: Tensor
+    right: Tensor
+    std: Tensor
+    lift: Tensor
+    keep_left: Tensor
+    keep_right: Tensor
+    tilt_left: Tensor
+    tilt_right: Tensor
+
+    @classmethod
+    def of(cls, columns: Sequence[Tensor], even: bool) -> Split:
+        """From those of `split_coefficients`, as tensors."""
+        return cls(even, *columns) if len(columns) == 8 else cls(even, *columns, *[columns[0]] * 5)
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -68,34 +80,47 @@ def split_coefficients(p: np.ndarray, q: np.ndarray, areas: bool) -> tuple[np.nd
     whole = p + q
     a, b = _ratio(p, whole), _ratio(q, whole)  # p/L, q/L
     if not areas:
-        zero = np.zeros_like(a)
-        return a, b, zero, np.sqrt(p * b), zero, zero, zero, zero
+        return a, b, np.sqrt(p * b)
     cubes = a**3 + b**3
     cubes = np.where(cubes > 0, cubes, 1.0)
     tilt = np.sqrt(a * b * whole / (12 * cubes))
-    return a, b, 6 * a * b, np.sqrt(p * b * (1 - 3 * a * b)), a**2 / cubes, b**2 / cubes, b * tilt, a * tilt
+    return a, b, np.sqrt(p * b * (1 - 3 * a * b)), 6 * a * b, a**2 / cubes, b**2 / cubes, b * tilt, a * tilt
 
 
-def split(whole: Increment, c: Split, z1: Tensor, z2: Tensor | None) -> Increment:
-    """Intervals (nodes, ...) in their two parts, (2 nodes, ...) in order; z1 and (for areas) z2 are used up.
+def split(whole: Increment, c: Split, z1: Tensor, z2: Tensor | None, scratch: str | None = None) -> Increment:
+    """The first len(z1) of the intervals (nodes, ...) in their two parts, the others as they are, in order.
 
-    One rounding after another, whatever shape the coefficients have: the bits do not depend on how many are split.
+    z1 and (for areas) z2 are used up. One rounding after another, whatever shape the coefficients have: the bits do
+    not depend on how many are split. The result is in the memory of the name `scratch`, if one is given.
     """
+    n = len(z1)
     if whole.h is None or z2 is None:
-        return Increment(_parts(whole.w, c.left, c.right, z1.mul_(c.std)), None)
-    u = (whole.h * c.lift).add_(z1.mul_(c.std))
-    s = whole.h - 0.5 * u
-    h = whole.h.new_empty((2 * len(s), *s.shape[1:]))
-    torch.mul(s, c.keep_left, out=h[0::2]).add_(z2 * c.tilt_left)
-    torch.mul(s, c.keep_right, out=h[1::2]).sub_(z2.mul_(c.tilt_right))
-    return Increment(_parts(whole.w, c.left, c.right, u), h)
+        return Increment(_parts(whole.w, c, z1.mul_(c.std), scratch), None)
+    u = z1.mul_(c.std).addcmul_(whole.h[:n], c.lift)
+    s = torch.add(whole.h[:n], u, alpha=-0.5)
+    h = _room(whole.h, n, scratch and scratch + ", areas")
+    torch.mul(s, c.keep_left, out=h[0 : 2 * n : 2]).addcmul_(z2, c.tilt_left)
+    torch.mul(s, c.keep_right, out=h[1 : 2 * n : 2]).addcmul_(z2, c.tilt_right, value=-1)
+    h[2 * n :] = whole.h[n:]
+    return Increment(_parts(whole.w, c, u, scratch), h)
 
 
-def _parts(w: Tensor, left: Tensor | float, right: Tensor | float, u: Tensor) -> Tensor:
-    out = w.new_empty((2 * len(w), *w.shape[1:]))
-    torch.mul(w, left, out=out[0::2]).add_(u)
-    torch.mul(w, right, out=out[1::2]).sub_(u)
+def _parts(w: Tensor, c: Split, u: Tensor, scratch: str | None) -> Tensor:
+    n = len(u)
+    out = _room(w, n, scratch)
+    left, right = out[0 : 2 * n : 2], out[1 : 2 * n : 2]
+    torch.addcmul(u, w[:n], c.left, out=left)
+    if c.even:
+        torch.sub(w[:n], left, out=right)
+    else:
+        torch.addcmul(u, w[:n], c.right, value=-1, out=right).neg_()
+    out[2 * n :] = w[n:]
     return out
+
+
+def _room(w: Tensor, more: int, scratch: str | None) -> Tensor:
+    shape = torch.Size((len(w) + more, *w.shape[1:]))
+    return w.new_empty(shape) if scratch is None else SCRATCH.take(scratch, shape, w.dtype, w.device)
 
 
 def _only(one: Increment) -> Increment:
@@ -113,26 +138,41 @@ def join(first: Increment, p: float, second: Increment, q: float) -> Increment:
 
 
 class NodeNormals:
-    """The normals of nodes (level, position) of one tree of a noise."""
+    """The normals of nodes (level, place) of one tree of a noise.
+
+    With areas a node takes a pair of normals; without, the two nodes below one share a pair.
+    """
 
     def __init__(
         self, noise: Noise, tree: int, event: tuple[int, ...] | torch.Size, dtype: torch.dtype, areas: bool
     ) -> None:
         self.noise, self.event, self.dtype, self.areas = noise, tuple(event), dtype, areas
+        self.work = torch.float64 if dtype == torch.float64 else torch.float32
         self._stream = AREA if areas else PATH
         self._tree = tree
-        self._size = math.prod(self.event)
 
-    def of(self, levels: np.ndarray | Tensor, positions: np.ndarray | Tensor) -> tuple[Tensor, Tensor | None]:
-        """(z1, z2) of nodes (nodes,), or of one node a sample (1, batch): (nodes, batch, *event) each."""
-        # one word a node: the level in 6 bits, the position in 41, the tree's number (odd) hashed over all of them
-        words = (torch.as_tensor(positions) << 6) | torch.as_tensor(levels)
-        words = words ^ (self._tree >> 1) * 0x5851F42D4C957F2D % (1 << 62)
-        if not self.areas:
-            return self.noise.draw(self._stream, words, self.event, self.dtype), None
-        flat = self.noise.draw(self._stream, words, (2 * self._size,), self.dtype)
-        shape = (*flat.shape[:-1], *self.event)
-        return flat[..., : self._size].reshape(shape), flat[..., self._size :].reshape(shape)
+    def words(self, levels: np.ndarray | Tensor, places: np.ndarray | Tensor) -> Tensor:
+        """The hashed words of nodes, int64; without areas those of the pair that a node shares."""
+        levels, places = torch.as_tensor(levels), torch.as_tensor(places)
+        places = places if self.areas else places >> 1
+        # the level in 6 bits, the place in 41, the tree's number (odd) hashed over all of them
+        return hashed_words((places << 6 | levels) ^ (self._tree >> 1) * 0x5851F42D4C957F2D % (1 << 62))
+
+    def of(self, words: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None, list[int]]:
+        """(z1, z2, rows): normals (rows, batch, *event) and the row of each node; neighbours in a level stay so.
+
+        In memory that the next call writes over.
+
+        Args:
+            words: of the nodes (nodes,), or (1, batch) for one node a sample.
+            second: which of its pair a node takes, 0 or 1, without areas.
+        """
+        if self.areas:
+            both = self.noise.pairs(self._stream, words, self.event, self.dtype, keep=False)
+            return both[:, 0], both[:, 1], list(range(len(words)))
+        shared, slot = torch.unique_consecutive(words, return_inverse=True)
+        both = self.noise.pairs(self._stream, shared, self.event, self.dtype, keep=False)
+        return both.flatten(0, 1), None, (2 * slot + second).tolist()
 
     def take(self, rows: Tensor) -> NodeNormals:
         """The same for some samples of the batch."""
@@ -142,8 +182,85 @@ class NodeNormals:
 
     def root(self, length: float) -> Increment:
         """The whole span, (1, batch, *event)."""
-        z1, z2 = self.of(np.array([_ROOT_LEVEL]), np.array([0]))
-        return Increment(z1 * math.sqrt(length), None if z2 is None else z2 * math.sqrt(length / 12))
+        words = self.words(np.array([_ROOT_LEVEL]), np.array([0]))
+        z1, z2, _ = self.of(words, torch.zeros(1, dtype=torch.int64))
+        return Increment(z1[:1] * math.sqrt(length), None if z2 is None else z2 * math.sqrt(length / 12))
+
+
+class _Shape(NamedTuple):
+    """The tree over m 2^k intervals: for each inner point i, the node that it splits.
+
+    Attributes:
+        group: 2^k.
+        left, right: the node's ends.
+        words: its (level, place): 0 and its number from the top for nodes of whole groups, else the halvings of a
+            group and its number in that level; two nodes below one have the numbers 2 n and 2 n + 1.
+    """
+
+    group: int
+    left: np.ndarray
+    right: np.ndarray
+    levels: np.ndarray
+    places: np.ndarray
+
+
+@lru_cache(maxsize=32)
+def _shape(count: int) -> _Shape:
+    """The complete binary tree over m groups of 2^k intervals, then halvings; twice as many are one level deeper."""
+    group = count & -count
+    points = np.arange(count)
+    below = np.minimum(points & -points, group)  # the largest power of 2 in i, at most the group
+    left, right = points - below, points + below
+    halvings = np.log2(np.maximum(below, 1)).astype(np.int64)
+    levels = group.bit_length() - 1 - halvings
+    places = points >> halvings >> 1
+    ends, first = np.array([0, count // group]), 1
+    while len(ends) <= count // group:
+        wide = int((np.diff(ends) > 1).sum())  # a complete tree: the wider nodes come first
+        at = ends[:wide] + _left_size(np.diff(ends)[:wide])
+        left[at * group], right[at * group] = ends[:wide] * group, ends[1 : wide + 1] * group
+        places[at * group] = first + np.arange(wide)
+        first *= 2
+        ends = np.sort(np.concatenate([ends, at]))
+    return _Shape(group, left, right, levels, places)
+
+
+def _left_size(leaves: np.ndarray) -> np.ndarray:
+    """Leaves in the left part of complete binary trees of so many leaves, >= 2."""
+    height = np.ceil(np.log2(leaves)).astype(np.int64)
+    return np.minimum(1 << (height - 1), leaves - (1 << height >> 2))
+
+
+class _Expansion(NamedTuple):
+    """How a run of nodes is split into smaller ones; the same for every run of nodes of these sizes.
+
+    Attributes:
+        at: where nodes are split, level by level, relative to the run's start.
+        ends: of the nodes at the end, relative too.
+        splits: of each level, how many of the first nodes are split.
+    """
+
+    at: np.ndarray
+    ends: np.ndarray
+    splits: tuple[int, ...]
+
+
+@lru_cache(maxsize=256)
+def _expansion(sizes: tuple[int, ...], group: int, most: int) -> _Expansion:
+    """Split nodes of these sizes, non-increasing, level by level while there are at most `most`."""
+    ends = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    points: list[np.ndarray] = []
+    while True:
+        widths = np.diff(ends)
+        wide = int((widths > 1).sum())
+        if wide == 0 or (len(widths) > 1 and len(widths) + wide > most):
+            break
+        groups = widths[:wide] // group
+        at = ends[:wide] + np.where(groups > 1, _left_size(np.maximum(groups, 2)) * group, widths[:wide] // 2)
+        points.append(at)
+        ends = np.sort(np.concatenate([ends, at]))
+    none = np.zeros(0, dtype=np.int64)
+    return _Expansion(np.concatenate([none, *points]), ends, tuple(len(at) for at in points))
 
 
 class GridWalk:
@@ -151,118 +268,76 @@ class GridWalk:
 
     The m groups of 2^k intervals are the leaves of a balanced tree over the whole, each group is halved k times; a
     grid with every interval halved is the same tree, one level deeper: the same path. Memory: one block of numbers
-    and log2(intervals) increments.
+    for each time that the steps left are divided by the steps of a block.
     """
 
     def __init__(
         self, noise: Noise, lengths: Tensor, event: tuple[int, ...] | torch.Size, dtype: torch.dtype, areas: bool
     ) -> None:
         self.lengths = lengths
-        self._clock = np.concatenate([np.zeros(1), np.cumsum(lengths.numpy())])
         count = len(lengths)
-        self._group = count & -count
-        self._levels = int(self._group).bit_length() - 1
-        self._normals = NodeNormals(noise, count // self._group, event, dtype, areas)
+        shape = _shape(count)
+        self._group = shape.group
+        self._normals = NodeNormals(noise, count // shape.group, event, dtype, areas)
+        self._words = self._normals.words(shape.levels, shape.places)
+        self._second = torch.from_numpy(shape.places & 1)
+        clock = np.concatenate([np.zeros(1), np.cumsum(lengths.numpy())])
+        points = np.arange(count)
+        parts = split_coefficients(clock[points] - clock[shape.left], clock[shape.right] - clock[points], areas)
+        self._even = bool((parts[1][1:] > _EVEN).all())
+        self._coefficients = torch.from_numpy(np.stack(parts)).to(device=noise.index.device, dtype=self._normals.work)
         numbers = max(1, noise.index.numel() * math.prod(event) * (2 if areas else 1))
-        self._size = max(1, BLOCK // numbers)
-        self._stack = [(0, count, self._normals.root(float(self._clock[-1])))]
+        self._size = max(2, BLOCK // numbers)
+        # the nodes ahead in runs of neighbours, the nearest run last: (ends, their increments)
+        self._ahead = [(np.array([0, count]), self._normals.root(float(clock[-1])))]
         self._start = self._end = 0
-        self._block = Increment(torch.empty(0), None)
+        self._block: tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None] = ((), None)
 
     def __call__(self, k: int) -> Increment:
         while k >= self._end:
             self._next_block()
         if k < self._start:
             raise RuntimeError("a walk along a path goes forwards")
-        i = k - self._start
-        return Increment(self._block.w[i], None if self._block.h is None else self._block.h[i])
+        w, h = self._block
+        return Increment(w[k - self._start], None if h is None else h[k - self._start])
 
     def _next_block(self) -> None:
-        a, b, whole = self._stack.pop()
-        while b - a > self._size:
-            at = self._middles(np.array([a]), np.array([b]))
-            parts = self._split(whole, *self._draw(at), self._lengths(np.array([a]), at, np.array([b])))
-            middle = int(at[0])
-            self._stack.append((middle, b, _rows_of(parts, slice(1, 2))))
-            b, whole = middle, _rows_of(parts, slice(0, 1))
-        self._start, self._end, self._block = a, b, self._expand(a, b, whole)
+        while True:
+            ends, whole = self._ahead.pop()
+            # as many nodes as fit in a block, at least one
+            fits = max(1, int(np.searchsorted(ends, ends[0] + self._size, side="right")) - 1)
+            if fits < len(ends) - 1:
+                self._ahead.append((ends[fits:], _rows_of(whole, slice(fits, None))))
+                ends, whole = ends[: fits + 1], _rows_of(whole, slice(0, fits))
+            plan = _expansion(tuple(np.diff(ends).tolist()), self._group, self._size)
+            whole = self._expand(whole, plan, int(ends[0]))
+            ends = ends[0] + plan.ends
+            if ends[-1] - ends[0] == len(ends) - 1:
+                self._start, self._end = int(ends[0]), int(ends[-1])
+                self._block = (whole.w.unbind(), None if whole.h is None else whole.h.unbind())
+                return
+            self._ahead.append((ends, whole))
 
-    def _middles(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Where [a, b) is split: between groups first, in the middle of a group then."""
-        groups = (b - a) // self._group
-        return np.where(groups > 1, a + (groups + 1) // 2 * self._group, (a + b) // 2)
-
-    def _expand(self, a: int, b: int, whole: Increment) -> Increment:
-        """The increments of [a, b), level by level: all nodes of a level in one operation, all normals in one draw."""
-        levels, ends = [], np.array([a, b])
-        while len(ends) <= b - a:
-            inner = np.nonzero(np.diff(ends) > 1)[0]
-            left, right = ends[inner], ends[inner + 1]
-            at = self._middles(left, right)
-            levels.append((inner, len(ends) - 1, at, self._lengths(left, at, right)))
-            ends = np.sort(np.concatenate([ends, at]))
-        if not levels:
+    def _expand(self, whole: Increment, plan: _Expansion, start: int) -> Increment:
+        """The run at `start` split by the plan: a level in one operation, all normals in one."""
+        if not plan.splits:
             return whole
-        z1, z2 = self._draw(np.concatenate([at for _, _, at, _ in levels]))
+        at = torch.from_numpy(plan.at) + start
+        z1, z2, place = self._normals.of(self._words[at], self._second[at])
+        c = self._coefficients[:, at.to(z1.device)].reshape(len(self._coefficients), -1, *[1] * (z1.ndim - 1))
         first = 0
-        for inner, count, at, lengths in levels:
-            rows = slice(first, first + len(at))
-            first += len(at)
-            own = (z1[rows], None if z2 is None else z2[rows])
-            if len(inner) == count:
-                whole = self._split(whole, *own, lengths)
-            else:
-                parts = self._split(_rows_of(whole, torch.from_numpy(inner)), *own, lengths)
-                whole = _merge(whole, parts, inner, count)
+        for i, count in enumerate(plan.splits):
+            rows = slice(place[first], place[first] + count)
+            own = Split.of([v[first : first + count] for v in c], self._even)
+            last = i == len(plan.splits) - 1
+            scratch = None if last else f"tree {i % 2}"
+            whole = split(whole, own, z1[rows], None if z2 is None else z2[rows], scratch)
+            first += count
         return whole
-
-    def _lengths(self, a: np.ndarray, at: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._clock[at] - self._clock[a], self._clock[b] - self._clock[at]
-
-    def _draw(self, at: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        halvings = np.minimum(_trailing_zeros(at), self._levels)
-        return self._normals.of(self._levels - halvings, at >> halvings)
-
-    def _split(
-        self, whole: Increment, z1: Tensor, z2: Tensor | None, lengths: tuple[np.ndarray, np.ndarray]
-    ) -> Increment:
-        return split(whole, _columns(split_coefficients(*lengths, z2 is not None), z1), z1, z2)
-
-
-def _trailing_zeros(n: np.ndarray) -> np.ndarray:
-    return np.log2((n & -n).astype(np.float64)).astype(np.int64)
-
-
-def _columns(coefficients: tuple[np.ndarray, ...], like: Tensor) -> Split:
-    """Numbers where all nodes agree, else columns that broadcast against `like` (nodes, batch, *event)."""
-    shape = (-1, *[1] * (like.ndim - 1))
-
-    def column(c: np.ndarray) -> Tensor | float:
-        first = float(c[0])
-        return first if bool((c == first).all()) else torch.from_numpy(c).reshape(shape).to(like)
-
-    return Split(*map(column, coefficients))
 
 
 def _rows_of(increment: Increment, rows: Tensor | slice) -> Increment:
     return Increment(increment.w[rows], None if increment.h is None else increment.h[rows])
-
-
-def _merge(whole: Increment, parts: Increment, inner: np.ndarray, count: int) -> Increment:
-    """`count` intervals with those of `inner` replaced by their two parts."""
-    width = np.ones(count, dtype=np.int64)
-    width[inner] = 2
-    place = np.cumsum(width) - width
-    new = torch.from_numpy(np.stack([place[inner], place[inner] + 1], axis=1).reshape(-1))
-    kept = torch.from_numpy(np.nonzero(width == 1)[0])
-    stay = torch.from_numpy(place[width == 1])
-
-    def lay(old: Tensor, split_up: Tensor) -> Tensor:
-        out = old.new_empty((int(width.sum()), *old.shape[1:]))
-        return out.index_copy_(0, new, split_up).index_copy_(0, stay, old[kept])
-
-    h = None if whole.h is None or parts.h is None else lay(whole.h, parts.h)
-    return Increment(lay(whole.w, parts.w), h)
 
 
 class TreeWalk:
@@ -320,12 +395,16 @@ def _ticks(clock: np.ndarray, start: float, span: float) -> list[int]:
 
 
 def split_halves(normals: NodeNormals, nodes: tuple[Tensor, Tensor], whole: Increment, length: Tensor) -> Increment:
-    """The halves (2, batch, *event) of one node (1, batch, *event) a sample: (level, position) of their
-    middles and lengths of the wholes (batch,)."""
-    z1, z2 = normals.of(nodes[0][None], nodes[1][None])
+    """The halves (2, batch, *event) of one node (1, batch, *event) a sample.
+
+    Args:
+        nodes: (level, place) of their middles, (batch,) each.
+        length: of the wholes, (batch,).
+    """
+    z1, z2, _ = normals.of(normals.words(*nodes)[None], torch.zeros(1, dtype=torch.int64))
     half = 0.5 * length.cpu().numpy()
     shape = (1, -1, *[1] * (z1.ndim - 2))
-    c = Split(*(torch.from_numpy(v).reshape(shape).to(z1) for v in split_coefficients(half, half, True)))
+    c = Split.of([torch.from_numpy(v).reshape(shape).to(z1) for v in split_coefficients(half, half, True)], True)
     return split(whole, c, z1, z2)
 
 
@@ -333,9 +412,13 @@ def _halves(
     normals: NodeNormals, level: int, position: int, part: Increment, span: float
 ) -> tuple[Increment, Increment]:
     """The halves of a node of the tree in time. Its normals are those of a `GridWalk` of 2^k equal intervals."""
-    half = np.array([span * 2.0 ** -(level + 1)])
-    z1, z2 = normals.of(np.array([level + 1]), np.array([2 * position + 1]))
-    parts = split(part, _columns(split_coefficients(half, half, True), z1), z1, z2)
+    half = np.array(span * 2.0 ** -(level + 1))
+    words = normals.words(np.array([level + 1]), np.array([position]))
+    z1, z2, _ = normals.of(words, torch.zeros(1, dtype=torch.int64))
+    c = Split.of(
+        [torch.tensor(float(v), dtype=z1.dtype, device=z1.device) for v in split_coefficients(half, half, True)], True
+    )
+    parts = split(part, c, z1, z2)
     return _rows_of(parts, slice(0, 1)), _rows_of(parts, slice(1, 2))
 
 

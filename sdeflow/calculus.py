@@ -24,7 +24,7 @@ def apply_covariance(sde: SDE, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
     g = sde.diffusion(x, t).to(x.dtype)
     if sde.noise == "diagonal":
         return g**2 * v
-    matrix = g.flatten(1, -2)
+    matrix = g.reshape(len(g), -1, g.shape[-1])
     return (matrix @ (matrix.mT @ v.flatten(1).unsqueeze(-1))).reshape(x.shape)
 
 
@@ -74,14 +74,15 @@ def _is_own_coordinate(square: Tensor, leaf: Tensor, own: Tensor) -> bool:
 
 
 def _general_divergence(sde: SDE, x: Tensor, t: Tensor) -> Tensor:
-    matrix = sde.diffusion(x, t).flatten(1, -2)
+    g = sde.diffusion(x, t)
+    matrix = g.reshape(len(g), -1, g.shape[-1])
     batch, d, _ = matrix.shape
     total = torch.zeros(batch, d, dtype=x.dtype, device=x.device)
     for j in range(d):
         direction = torch.zeros(batch, d, dtype=x.dtype, device=x.device)
         direction[:, j] = 1.0
         slope = torch.func.jvp(lambda y: sde.diffusion(y, t), (x,), (direction.reshape(x.shape),))[1]
-        slope = slope.flatten(1, -2)
+        slope = slope.reshape(matrix.shape)
         total = total + (slope @ matrix[:, j].unsqueeze(-1) + matrix @ slope[:, j].unsqueeze(-1)).squeeze(-1)
     return total.reshape(x.shape)
 
@@ -102,14 +103,19 @@ def along(sde: SDE, x: Tensor, t: Tensor, direction: Tensor) -> tuple[Tensor, Te
 
 def own_slope(sde: SDE, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """(G, G_i d_i G_i) at (x, t) for diagonal noise whose G_i depends on x_i alone: one product with G^T."""
-    leaf, keep = _leaf(sde, x, t)
-    with torch.inference_mode(False), torch.enable_grad():
-        g = sde.diffusion(leaf, _outside_inference(t)).expand(x.shape)
+    keep = torch.is_grad_enabled() and (x.requires_grad or sde.diffusion(x, t).requires_grad)
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return own_slope(sde, x.clone(), _outside_inference(t))
+    with torch.enable_grad():
+        leaf = x if x.requires_grad else x.detach().requires_grad_()
+        g = sde.diffusion(leaf, t)
+        g = g if g.shape == x.shape else g.expand(x.shape)
         if not g.requires_grad:
             return g, torch.zeros_like(x)
         slope = torch.autograd.grad(g, leaf, g, create_graph=keep, allow_unused=True)[0]
-        slope = torch.zeros_like(x) if slope is None else slope
-    return (g, slope) if keep else (g.detach(), slope.detach())
+    slope = torch.zeros_like(x) if slope is None else slope
+    return (g, slope) if keep else (g.detach(), slope)
 
 
 def _leaf(sde: SDE, x: Tensor, t: Tensor) -> tuple[Tensor, bool]:
@@ -141,8 +147,9 @@ def noise_kind(sde: SDE, x: Tensor, t: Tensor) -> NoiseKind:
     """
     if sde.additive or sde.scalar_diffusion(t.reshape(1)) is not None:
         return "additive"
-    points = _probes(x)
-    sde = sde.take(torch.arange(len(points), device=x.device) % len(x)) if sde.per_sample else sde
+    # 16-bit derivatives tell nothing: they are stepped in float32
+    points = _probes(x if x.dtype in (torch.float32, torch.float64) else x.float())
+    sde = sde.take(torch.arange(len(points), device=x.device) % len(x))
     if sde.additive is None and not any(_slope_size(sde, y, t) > 0 for y in (points, points.flip(0))):
         return "additive"
     if sde.noise == "diagonal":
@@ -158,7 +165,9 @@ def _probes(x: Tensor) -> Tensor:
     some = x.detach()[:4]
     generator = torch.Generator(device="cpu").manual_seed(0)
     move = torch.randn(some.shape, generator=generator, dtype=torch.float64).to(some)
-    return torch.cat([some, some * (1 + 0.1 * move) + 1e-3 * move.abs() * some.sign()])
+    # away from zero, where the derivative of an even G vanishes
+    away = torch.where(some < 0, -1.0, 1.0).to(some)
+    return torch.cat([some, some * (1 + 0.1 * move) + 1e-3 * move.abs() * away])
 
 
 def _slope_size(sde: SDE, x: Tensor, t: Tensor) -> float:
@@ -194,7 +203,7 @@ class _AsMatrix:
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
         g = self._sde.diffusion(x, t).expand(x.shape)
-        return torch.diag_embed(g.flatten(1)).reshape(*x.shape, -1)
+        return torch.diag_embed(g.reshape(len(g), -1)).reshape(*x.shape, -1)
 
 
 def _commutes(sde: SDE, x: Tensor, t: Tensor) -> bool:

@@ -134,7 +134,7 @@ class AdaptivePath:
                 self._waiting = torch.cat(
                     [self._waiting, torch.zeros_like(self._waiting[:1]).expand(top, *self._now.shape)]
                 )
-            nodes = (self._level + 1, 2 * self._position + 1)
+            nodes = (self._level + 1, self._position)
             whole = Increment(self._now[0][None], self._now[1][None])
             halves = split_halves(self._normals, nodes, whole, self._length())
             assert halves.h is not None

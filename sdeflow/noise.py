@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ areas, noise added back by churn, and the two-point variables of weak methods.""
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-BLOCK = 1 << 18
+BLOCK = 1 << 19
 """Numbers drawn at once for coming steps: enough to spread the cost of the ~20 kernel launches."""
 
 
@@ -44,9 +45,9 @@ def _xor_shift(z: Tensor, bits: int, work: Tensor) -> Tensor:
     return z.bitwise_xor_(work.bitwise_and_((1 << (64 - bits)) - 1))
 
 
-def _mix(z: Tensor) -> Tensor:
+def _mix(z: Tensor, work: Tensor | None = None) -> Tensor:
     """SplitMix64's output function (variant 13 of Stafford's mixers), in place; z is int64, products wrap."""
-    work = torch.empty_like(z)
+    work = torch.empty_like(z) if work is None else work
     z = _xor_shift(z, 30, work).mul_(_signed(_MULTIPLIERS[0]))
     z = _xor_shift(z, 27, work).mul_(_signed(_MULTIPLIERS[1]))
     return _xor_shift(z, 31, work)
@@ -59,18 +60,52 @@ def _advance(key: Tensor, word: Tensor | int) -> Tensor:
     return _mix(key + (word + 1) * _signed(_GOLDEN))
 
 
-def _normals(keys: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """`count` standard normals a key: keys (...,) -> (..., count), float64 or float32."""
-    half = (count + 1) // 2
-    counter = torch.arange(1, half + 1, device=keys.device).mul_(_signed(_GOLDEN))
-    bits = _mix(keys.unsqueeze(-1) + counter)
+def hashed_words(nodes: Tensor) -> Tensor:
+    """Nodes (int64) spread over 64 bits: what `normal_pairs` adds to a sample's seeds."""
+    return _mix((nodes + 1) * _signed(_GOLDEN))
+
+
+def normal_pairs(seeds: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Two independent standard normals for each of the 64-bit inputs seeds + words: (n, *rest) -> (n, 2, *rest).
+
+    Box-Muller on the halves of SplitMix64's output function; float64 or float32; the inputs broadcast.
+    """
+    bits = seeds + words
+    out = torch.empty((bits.shape[0], 2, *bits.shape[1:]), dtype=dtype, device=bits.device)
+    angle, radius = (torch.empty_like(bits, dtype=dtype) for _ in range(2))
+    return _box_muller(bits, torch.empty_like(bits), angle, radius, out)
+
+
+def _box_muller(bits: Tensor, work: Tensor, angle: Tensor, radius: Tensor, out: Tensor) -> Tensor:
+    """`out` (n, 2, *rest) from the inputs `bits` (n, *rest); the others are scratch of that shape."""
+    bits = _mix(bits, work)
     scale = 2.0**-32
-    angle = (bits >> 32).to(dtype).mul_(2 * math.pi * scale)
-    radius = bits.bitwise_and_(0xFFFFFFFF).to(dtype).add_(0.5).mul_(scale).log_().mul_(-2.0).sqrt_()
-    out = torch.empty((*keys.shape, 2 * half), dtype=dtype, device=keys.device)
-    torch.mul(radius, torch.cos(angle), out=out[..., :half])
-    torch.mul(radius, torch.sin(angle), out=out[..., half:])
-    return out[..., :count]
+    angle.copy_(torch.bitwise_right_shift(bits, 32, out=work)).mul_(2 * math.pi * scale)
+    radius.copy_(bits.bitwise_and_(0xFFFFFFFF)).add_(0.5).mul_(scale).log_().mul_(-2.0).sqrt_()
+    torch.cos(angle, out=out[:, 0]).mul_(radius)
+    torch.sin(angle, out=out[:, 1]).mul_(radius)
+    return out
+
+
+class _Scratch(threading.local):
+    """Memory that blocks of noise are made in, kept from one to the next: fresh pages cost more than the numbers."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory of that shape; its contents last until the next call for `name`."""
+        count = shape.numel()
+        if count > 4 * BLOCK:
+            return torch.empty(shape, dtype=dtype, device=device)
+        key = (name, dtype, device)
+        if key not in self._kept or self._kept[key].numel() < count:
+            with torch.inference_mode(False):
+                self._kept[key] = torch.empty(count, dtype=dtype, device=device)
+        return self._kept[key][:count].view(shape)
+
+
+SCRATCH = _Scratch()
 
 
 def fresh_seed() -> int:
@@ -108,41 +143,45 @@ class Noise:
         if antithetic:
             self._owner = self.index >> 1
             self._sign = 1 - 2 * (self.index & 1)
-        self._keys: dict[int, Tensor] = {}
+        self._seeds: dict[tuple[int, int], Tensor] = {}
 
-    def _stream(self, stream: int) -> Tensor:
-        """The key of each sample's stream, (batch,)."""
-        if stream not in self._keys:
+    def _stream(self, stream: int, size: int) -> Tensor:
+        """The seeds of each component of each sample's stream, (batch, size)."""
+        if (stream, size) not in self._seeds:
             root = torch.tensor(_signed(self.seed), dtype=torch.int64, device=self.index.device)
-            self._keys[stream] = _advance(_advance(_mix(root), stream), self._owner)
-        return self._keys[stream]
+            keys = _advance(_advance(_mix(root), stream), self._owner)
+            counter = torch.arange(1, size + 1, device=keys.device).mul_(_signed(_GOLDEN))
+            self._seeds[stream, size] = keys.unsqueeze(-1) + counter
+        return self._seeds[stream, size]
 
     def take(self, rows: Tensor) -> Noise:
         """The noise of some samples of the batch."""
         part = copy.copy(self)
         part.index, part._owner = self.index[rows], self._owner[rows]
         part._sign = None if self._sign is None else self._sign[rows]
-        part._keys = {stream: keys[rows] for stream, keys in self._keys.items()}
+        part._seeds = {key: seeds[rows] for key, seeds in self._seeds.items()}
         return part
 
     def normal(self, stream: int, node: int, event: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-        """Standard normals (batch, *event) of one node of a stream."""
-        return self.draw(stream, torch.tensor([node]), event, dtype)[0]
+        """Standard normals (batch, *event) of one node >= 0 of a stream."""
+        return self.pairs(stream, hashed_words(torch.tensor([node >> 1])), event, dtype)[0, node & 1]
 
     def sequence(
         self, stream: int, nodes: int, event: tuple[int, ...] | torch.Size, dtype: torch.dtype
     ) -> Callable[[int], Tensor]:
         """`draw(k)`, k in 0..nodes-1, the same numbers as `normal(stream, k, ...)` drawn in blocks."""
         numbers = max(1, self.index.numel() * math.prod(event))
-        size = max(1, min(nodes, BLOCK // numbers))
-        block, start = torch.empty(0), -size
+        size = max(1, min((nodes + 1) // 2, BLOCK // (2 * numbers)))  # in pairs
+        start, block = -size, torch.empty(0)
 
         def draw(k: int) -> Tensor:
             nonlocal block, start
-            if not start <= k < start + size:
-                start = k - k % size
-                block = self.draw(stream, torch.arange(start, min(start + size, nodes)), event, dtype)
-            return block[k - start]
+            pair = k >> 1
+            if not start <= pair < start + size:
+                start = pair - pair % size
+                words = hashed_words(torch.arange(start, min(start + size, (nodes + 1) // 2)))
+                block = self.pairs(stream, words, event, dtype)
+            return block[pair - start, k & 1]
 
         return draw
 
@@ -170,15 +209,31 @@ class Noise:
             return TreeWalk(self, times, event, dtype, areas)
         return GridWalk(self, torch.diff(times).abs() if lengths is None else lengths, event, dtype, areas)
 
-    def draw(self, stream: int, nodes: Tensor, event: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-        """Standard normals (nodes, batch, *event) of several nodes, an int64 tensor: (nodes,), or (nodes, batch)."""
-        nodes = nodes.to(self.index.device)
-        keys = _advance(self._stream(stream), nodes.unsqueeze(-1) if nodes.ndim == 1 else nodes)
+    def pairs(
+        self,
+        stream: int,
+        words: Tensor,
+        event: tuple[int, ...] | torch.Size,
+        dtype: torch.dtype,
+        *,
+        keep: bool = True,
+    ) -> Tensor:
+        """Two standard normals (n, 2, batch, *event) for each of n distinct `hashed_words`, (n,) or (n, batch).
+
+        Not `keep`: in memory that the next such call writes over.
+        """
+        seeds, words = self._stream(stream, math.prod(event)), words.to(self.index.device)
+        words = words[..., None, None] if words.ndim == 1 else words[..., None]
         work = torch.float64 if dtype == torch.float64 else torch.float32
-        flat = _normals(keys, math.prod(event), work)
+        shape, device = torch.Size((len(words), *seeds.shape)), seeds.device
+        bits = torch.add(seeds, words, out=SCRATCH.take("bits", shape, torch.int64, device))
+        angle, radius = (SCRATCH.take(name, shape, work, device) for name in ("angle", "radius"))
+        both = torch.Size((shape[0], 2, *shape[1:]))
+        out = torch.empty(both, dtype=work, device=device) if keep else SCRATCH.take("pairs", both, work, device)
+        _box_muller(bits, SCRATCH.take("work", shape, torch.int64, device), angle, radius, out)
         if self._sign is not None:
-            flat = flat * self._sign.unsqueeze(-1)
-        return flat.reshape(*keys.shape, *event).to(dtype)
+            out.mul_(self._sign.unsqueeze(-1))
+        return out.reshape(*out.shape[:-1], *event).to(dtype)
 
 
 class NoiseSource(ABC):

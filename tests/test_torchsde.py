@@ -1011,3 +1011,19 @@ def test_torchsde_reverses_a_gaussian():
     bm = torchsde.BrownianInterval(-1.0, -0.02, x.shape, F64, entropy=7, levy_area_approximation="space-time")
     with pytest.raises(AssertionError):  # the control: the drift of the other direction
         assert_law(torchsde.sdeint(wrong, x, ts, bm=bm, dt=0.02)[-1], 0.0, 1.0)
+
+
+def test_a_seed_reaches_a_solve_to_a_tolerance():
+    problem, x = Wavering(), start()
+    runs = [sf.solve(problem, x, Torchsde(), rtol=1e-2, seed=s, index=i).x for s, i in ((1, 0), (1, 0), (2, 0), (1, 6))]
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], tolerant(problem, x, Torchsde(), 1e-2, seed=1).x)
+    assert min(float((r - runs[0]).abs().min()) for r in runs[2:]) > 1e-6
+
+
+def test_a_process_of_coefficients_is_handed_over():
+    process = sf.GaussianSDE.from_coefficients(lambda t: -0.5 - t, lambda t: 1 + t, 0.0, 1.0)
+    x = start()
+    motions = [torchsde.BrownianInterval(0.0, 1.0, (6, 2), F64, entropy=1) for _ in range(2)]
+    got = torchsde.sdeint(process, x, torch.tensor([0.0, 1.0], dtype=F64), bm=motions[0], method="euler", dt=1 / 8)[-1]
+    close(got, by_hand(euler_step(process), x, [k / 8 for k in range(9)], motions[1])[-1])

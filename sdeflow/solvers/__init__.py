@@ -1,15 +1,15 @@
-"""Solvers: construct one and pass it to `solve` or `sample`; `CATALOGUE` lists all."""
+"""Solvers: construct one and pass it to `solve` or `sample`; `CATALOGUE` and `SAMPLERS` list all."""
 
 from sdeflow.solvers.adams import Adams, AdamsBashforth, AdamsBashforthMoulton
 from sdeflow.solvers.adaptive_sde import AdaptiveSDE
+from sdeflow.solvers.ancestral import DDPM, AncestralPredictor, EulerAncestral, ReverseDiffusion
 from sdeflow.solvers.backends import Scipy, Torchdiffeq, Torchsde
 from sdeflow.solvers.base import LinearSolver, Solver
-from sdeflow.solvers.catalogue import CATALOGUE, Row, by_name
+from sdeflow.solvers.catalogue import CATALOGUE, SAMPLERS, Row, by_name
 from sdeflow.solvers.edm import EDMEuler, EDMHeun, EDMSampler
 from sdeflow.solvers.euler_maruyama import EulerMaruyama
 from sdeflow.solvers.exponential import (
     DDIM,
-    DDPM,
     DEIS,
     DPMSolver,
     DPMSolverFast,
@@ -20,9 +20,10 @@ from sdeflow.solvers.exponential import (
 from sdeflow.solvers.exponential_rk import ExponentialRK
 from sdeflow.solvers.gaussian_split import GaussianSplit, estimate_split
 from sdeflow.solvers.in_variable import InVariable
-from sdeflow.solvers.langevin import Langevin, PredictorCorrector
+from sdeflow.solvers.langevin import AnnealedLangevin, Langevin, PredictorCorrector
 from sdeflow.solvers.milstein import LevyMilstein, Milstein
-from sdeflow.solvers.named import DPM2, IPNDM, LMS, PNDM, RhoRK, StraightABM
+from sdeflow.solvers.named import DPM2, ERSDE, IPNDM, LMS, PNDM, RhoRK, SASolver, StraightABM
+from sdeflow.solvers.own_eta import NoiseScale, OwnEta, Window
 from sdeflow.solvers.restart import Restart, RestartInterval
 from sdeflow.solvers.rosenbrock import ROS2, ROS34PW2, Rosenbrock
 from sdeflow.solvers.runge_kutta import (
@@ -38,6 +39,7 @@ from sdeflow.solvers.runge_kutta import (
     RungeKutta,
     Tsit5,
 )
+from sdeflow.solvers.seeds import SEEDS
 from sdeflow.solvers.splitting import Splitting
 from sdeflow.solvers.stabilised import SKROCK
 from sdeflow.solvers.stochastic import StochasticSolver
@@ -61,6 +63,17 @@ __all__ = [
     "Milstein",
     "LevyMilstein",
     "AdaptiveSDE",
+    "ERSDE",
+    "SAMPLERS",
+    "SEEDS",
+    "AncestralPredictor",
+    "AnnealedLangevin",
+    "EulerAncestral",
+    "NoiseScale",
+    "OwnEta",
+    "ReverseDiffusion",
+    "SASolver",
+    "Window",
     "DDIM",
     "DDPM",
     "DEIS",

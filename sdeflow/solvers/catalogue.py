@@ -9,15 +9,16 @@ from functools import partial
 from sdeflow.calculus import NOISE_KINDS
 from sdeflow.solvers.adams import AdamsBashforth, AdamsBashforthMoulton
 from sdeflow.solvers.adaptive_sde import AdaptiveSDE
+from sdeflow.solvers.ancestral import DDPM, AncestralPredictor, EulerAncestral, ReverseDiffusion
 from sdeflow.solvers.base import LinearSolver, Solver, View
 from sdeflow.solvers.edm import EDMEuler, EDMHeun
 from sdeflow.solvers.euler_maruyama import EulerMaruyama
-from sdeflow.solvers.exponential import DDIM, DDPM, DEIS, DPMSolver, DPMSolverPP, UniPC
+from sdeflow.solvers.exponential import DDIM, DEIS, DPMSolver, DPMSolverPP, UniPC
 from sdeflow.solvers.exponential_rk import ExponentialRK
 from sdeflow.solvers.gaussian_split import GaussianSplit
-from sdeflow.solvers.langevin import Langevin, PredictorCorrector
+from sdeflow.solvers.langevin import AnnealedLangevin, Langevin, PredictorCorrector
 from sdeflow.solvers.milstein import LevyMilstein, Milstein
-from sdeflow.solvers.named import DPM2, IPNDM, PNDM, RhoRK, StraightABM
+from sdeflow.solvers.named import DPM2, ERSDE, IPNDM, PNDM, RhoRK, SASolver, StraightABM
 from sdeflow.solvers.rosenbrock import ROS2, ROS34PW2
 from sdeflow.solvers.runge_kutta import (
     DOP853,
@@ -32,6 +33,7 @@ from sdeflow.solvers.runge_kutta import (
     RungeKutta,
     Tsit5,
 )  # fmt: skip
+from sdeflow.solvers.seeds import SEEDS
 from sdeflow.solvers.stabilised import SKROCK
 from sdeflow.solvers.stochastic import StochasticSolver
 from sdeflow.solvers.stochastic_rk import SRA1, SRA3, SRIW1, ShARK
@@ -106,6 +108,8 @@ _DEIS, _UNIPC = "Zhang and Chen 2023, DEIS, section 3.3", "Zhao et al. 2023, Uni
 _ETD = "Hochbruck and Ostermann 2005, Explicit exponential Runge-Kutta methods, section 5"
 _EDM = "Karras et al. 2022, EDM, algorithms 1-2"
 _ADAMS = "Hairer, Norsett, Wanner 1993, Solving ODEs I, III.1"
+_SONG = "Song et al. 2021, Score-based generative modeling"
+_SEEDS = "Gonzalez et al. 2023, SEEDS, section 4"
 
 CATALOGUE: tuple[Row, ...] = (
     *(
@@ -189,12 +193,43 @@ CATALOGUE: tuple[Row, ...] = (
         )
         for k in (2, 3)
     ),
+    _exponential(partial(SEEDS, 1), 1, _SEEDS, weak=1),
+    Row(
+        "ReverseDiffusion", ReverseDiffusion, None, 1, "transition", _SONG + ", appendix E",
+        strong_order=1, weak_order=1, noise=("additive",),
+    ),
     Row(
         "EulerMaruyama+Langevin", lambda: PredictorCorrector(EulerMaruyama(), Langevin()), None, 2, "drift",
         "Song et al. 2021, Score-based generative modeling, algorithm 1", noise=("additive",),
     ),
 )  # fmt: skip
-"""Every method, in the order of the documentation's table."""
+"""Every method but those of `SAMPLERS`, in the order of the documentation's table."""
+
+SAMPLERS: tuple[Row, ...] = (
+    *(
+        Row(f"SEEDS({k})", partial(SEEDS, k), k, k, "transition", _SEEDS, 1, 2, ("additive",))
+        for k in (2, 3)
+    ),
+    Row("EulerAncestral", EulerAncestral, 1, 1, "transition", "k-diffusion; Song et al. 2021, DDIM, equation 16",
+        1, 1, ("own",)),
+    Row("DDPM(forward)", partial(DDPM, "forward"), None, 1, "transition", "Ho et al. 2020, DDPM, section 3.2",
+        1, 1, ("own",)),
+    Row("AncestralPredictor", AncestralPredictor, None, 1, "transition", _SONG + ", appendix F", 1, 1, ("own",)),
+    Row("SASolver(3, 4)", SASolver, 4, 1, "transition", "Xue et al. 2023, SA-Solver, algorithm 1", 1, 2, ("own",)),
+    *(
+        Row(
+            f"ERSDE({k})", partial(ERSDE, k), k, 1, "transition",
+            "Cui et al. 2023, ER-SDE-Solvers, section 3" + (", with the parabola's slope" if k == 3 else ""),
+            1, min(k, 2), ("own",),
+        )
+        for k in (1, 2, 3)
+    ),
+    Row("AnnealedLangevin", AnnealedLangevin, None, 100, "transition",
+        "Song and Ermon 2019, Generative modeling by estimating gradients, algorithm 1", noise=("own",)),
+)  # fmt: skip
+"""Samplers of diffusion models with a stochasticity of their own (noise "own": they run on the flow; `order` is that
+without it), or with several normals a step: docs/stochasticity.md, held to their orders in tests/test_diffusion_sde.py.
+"""
 
 
 def by_name(name: str) -> Row:
@@ -203,10 +238,11 @@ def by_name(name: str) -> Row:
     Raises:
         ValueError: no such method; the message lists all.
     """
-    for row in CATALOGUE:
+    rows = CATALOGUE + SAMPLERS
+    for row in rows:
         if row.name == name:
             return row
-    raise ValueError(f"unknown solver {name!r}: expected one of {', '.join(row.name for row in CATALOGUE)}")
+    raise ValueError(f"unknown solver {name!r}: expected one of {', '.join(row.name for row in rows)}")
 
 
 def markdown_table() -> str:
@@ -216,7 +252,7 @@ def markdown_table() -> str:
         "adaptive | reference |"
     )
     lines = [head, "|---|---|---|---|---|---|---|---|---|---|---|"]
-    for row in CATALOGUE:
+    for row in CATALOGUE + SAMPLERS:
         columns = (row.order, row.strong_order, row.strong_diagonal, row.strong_general, row.weak_order)
         orders = " | ".join("-" if v is None else f"{v:g}" for v in columns)
         noise = "any" if row.noise == NOISE_KINDS else ", ".join(row.noise) or "-"

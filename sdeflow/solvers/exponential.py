@@ -17,11 +17,12 @@ from torch import Tensor
 
 from sdeflow.plan import Plan, corrected_weights, eta_key, spliced
 from sdeflow.quadrature import gauss_legendre
-from sdeflow.reverse import ReverseSDE
+from sdeflow.reverse import Eta, ReverseSDE
 from sdeflow.sde import Problem
 from sdeflow.solvers.adams import lagrange_basis
 from sdeflow.solvers.base import LinearSolver, View, semilinear
 from sdeflow.solvers.exponential_rk import ExponentialRK
+from sdeflow.solvers.own_eta import OwnEta, check_falling, with_eta
 
 Coordinate = Literal["lam", "t", "rho"]
 Second = Literal["exact", "bh1", "bh2"]
@@ -52,14 +53,14 @@ class ExponentialMultistep(LinearSolver):
         second: how two evaluations are combined. "exact" integrates their line; "bh1" and "bh2" are UniPC's
             hard-wired 1/2 B(h) times the difference quotient, B = h and B = e^h - 1 (bh2 is also the
             midpoint form of DPM-Solver++(2M)). All are of order 2.
-        eta: a stochasticity of the method's own; None reads the problem's.
+        eta: a stochasticity of the method's own, a number, a function of t or an `OwnEta`; None reads the problem's.
     """
 
     order: int = 2
     prediction: Literal["x0", "eps"] = "x0"
     start: Literal["ramp", "singlestep"] = "ramp"
     lower_order_final: bool = False
-    eta: float | None = None
+    eta: Eta | OwnEta | None = None
     coordinate: Coordinate = "lam"
     corrector: int = 0
     second: Second = "exact"
@@ -74,9 +75,10 @@ class ExponentialMultistep(LinearSolver):
 
     def check(self, problem: Problem) -> None:
         reverse = semilinear(self.name, problem)
-        if self.eta is not None and (callable(reverse.eta) or reverse.eta not in (0, self.eta)):
+        if self.eta is not None and reverse.eta is not self.eta and reverse.eta not in (0, self.eta):
+            own = f"{self.eta:g}" if isinstance(self.eta, (int, float)) else repr(self.eta)
             raise ValueError(
-                f"{self.name} brings its own eta = {self.eta:g}: expected a problem without noise (eta = 0)"
+                f"{self.name} brings its own eta = {own}: expected a problem without noise (eta = 0)"
                 f"{' or of that eta' if self.eta else ''}, got eta = {reverse.eta!r}"
             )
         if self.start == "singlestep" and self.draws_noise(problem):
@@ -88,7 +90,9 @@ class ExponentialMultistep(LinearSolver):
     def plan(self, problem: Problem, grid: Tensor) -> Plan:
         reverse = semilinear(self.name, problem)
         if self.eta is not None:
-            reverse = reverse.process.reverse(reverse.model, self.eta)
+            if self.draws_noise(problem):
+                check_falling(self.name, grid)
+            reverse = with_eta(reverse, self.eta)
         steps = grid.numel() - 1
         ratio, _, _, std = reverse.transition(grid[:-1], grid[1:], self.prediction)
         left = steps - torch.arange(steps)
@@ -322,22 +326,14 @@ def UniPC(
     )  # fmt: skip
 
 
-def DDPM() -> ExponentialMultistep:
-    """DDPM's ancestral sampler: the exact posterior with x_0 frozen; brings eta = 1.
-
-    (Ho et al. 2020, DDPM, equations 6 and 7: the posterior variance beta-tilde.)
-    """
-    return ExponentialMultistep(order=1, eta=1.0, name="DDPM")
-
-
 @dataclass(frozen=True)
 class DDIM(LinearSolver):
     """DDIM with the paper's eta, on the flow: 0 is deterministic, 1 is DDPM. Order 1, one call a step.
 
     x' = alpha' x_0 + sqrt(sigma'^2 - s^2) eps + s xi,   s = eta sigma' sqrt(1 - exp(-2h)), h = lam' - lam,
 
-    (Song et al. 2021, DDIM, equations 12 and 16). Between 0 and 1 this eta is not the eta of
-    `reverse`: it scales the standard deviation of each step, and grows with the step.
+    (Song et al. 2021, DDIM, equations 12 and 16). Between 0 and 1 this eta is not the eta of `reverse`, which is
+    sqrt(-log(1 - eta^2 (1 - exp(-2h)))/(2h)) for a step h: this eta in the limit of short steps, less in long ones.
     """
 
     eta: float = 0.0
@@ -351,7 +347,7 @@ class DDIM(LinearSolver):
     def check(self, problem: Problem) -> None:
         if semilinear(self.name, problem).stochastic:
             raise ValueError(
-                "DDIM takes its stochasticity as DDIM(eta=...): solve the probability flow "
+                f"{self.name} takes its stochasticity as {self.name}(eta=...): solve the probability flow "
                 "(sde.probability_flow(model), or eta=0), not a problem with its own noise"
             )
 
@@ -360,11 +356,12 @@ class DDIM(LinearSolver):
 
     def plan(self, problem: Problem, grid: Tensor) -> Plan:
         reverse = semilinear(self.name, problem)
+        if self.eta:
+            check_falling(self.name, grid)
         process, steps = reverse.gaussian, grid.numel() - 1
         alpha, sigma, lam = process.alpha(grid), process.sigma(grid), process.lam(grid)
-        fresh = -torch.expm1(-2 * torch.diff(lam))
-        ratio = sigma[1:] / sigma[:-1] * torch.sqrt(1 - self.eta**2 * fresh)
-        zero = torch.zeros(steps, dtype=torch.float64)
+        share = torch.clamp(-(self.eta**2) * torch.expm1(-2 * torch.diff(lam)), max=1.0)  # of fresh noise
+        ratio = sigma[1:] / sigma[:-1] * torch.sqrt(1 - share)
         return Plan(
             name=self.name,
             view="transition",
@@ -374,7 +371,7 @@ class DDIM(LinearSolver):
             step_of_row=torch.arange(steps),
             ratio=ratio,
             weights=(alpha[1:] - alpha[:-1] * ratio)[:, None],
-            noise=self.eta * sigma[1:] * torch.sqrt(fresh) if self.eta else zero,
+            noise=sigma[1:] * torch.sqrt(share),
             process=repr(process),
             eta=eta_key(reverse.eta),
         )

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sdeflow.calculus import NoiseKind, lie_products
 from sdeflow.noise import Noise
-from sdeflow.sde import SDE, Problem, multiply_noise, noise_shape
+from sdeflow.sde import SDE, Problem, multiply_noise
 from sdeflow.solvers.base import Stepper
-from sdeflow.solvers.stochastic import H, StochasticSolver, Terms, root, size
+from sdeflow.solvers.stochastic import GridRun, H, StochasticSolver, Terms, plus, root, size
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Milstein(StochasticSolver):
 
     Args:
         derivative: "autodiff", exact; or "central", by (G(x + G_j sqrt(h)) - G(x - G_j sqrt(h)))/(2 sqrt(h)), two
-            evaluations of G a noise component (a one-sided difference has a weak error of order 1/2 only).
+            evaluations of G a noise component (a one-sided difference would add an error of size h^(3/2) a step).
     """
 
     derivative: Literal["autodiff", "central"] = "autodiff"
@@ -38,7 +38,7 @@ class Milstein(StochasticSolver):
             raise ValueError(f'Milstein: expected derivative "autodiff" or "central", got {self.derivative!r}')
 
     def step(self, terms: Terms, x: Tensor, t: Tensor, h: H, w: Tensor, area: Tensor | None) -> Tensor:
-        drifted = x + h * terms.drift(x, t)
+        drifted = plus(x, h, terms.drift(x, t))
         if terms.kind == "additive":
             return drifted + terms.apply(terms.diffusion(x, t), w)
         if terms.kind == "commutative":
@@ -70,8 +70,8 @@ def _flat(h: H) -> H:
 
 def _contract(products: Tensor, weights: Tensor) -> Tensor:
     """sum_jk L^j G_k weights_jk: (batch, *event, m, m) with (batch, m, m)."""
-    flat = products.reshape(*products.shape[:1], -1, products.shape[-2] * products.shape[-1])
-    return torch.matmul(flat, weights.reshape(len(weights), -1, 1)).reshape(products.shape[:-2])
+    flat = products.flatten(-2)
+    return (flat * weights.reshape(len(weights), *[1] * (flat.ndim - 2), -1)).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -107,33 +107,28 @@ class LevyMilstein(StochasticSolver):
         return _LevyRun(self, problem, x, grid, noise)
 
 
-class _LevyRun:
+class _LevyRun(GridRun):
     def __init__(self, solver: LevyMilstein, problem: SDE, x: Tensor, grid: Tensor, noise: Noise) -> None:
-        steps = grid.numel() - 1
-        self._terms = solver.terms(problem, x, grid[0])
-        self._problem, self._matrix = problem, problem.noise == "general"
-        self._count = solver.substeps or 1 << max(0, math.ceil(math.log2(steps / 4)))
+        self._problem = problem
+        self._count = solver.substeps or 1 << max(0, math.ceil(math.log2((grid.numel() - 1) / 4)))
         share = torch.arange(self._count, dtype=torch.float64) / self._count
         fine = (grid[:-1, None] + torch.diff(grid)[:, None] * share).flatten()
-        event = noise_shape(problem, x, grid[0])[1:]
-        self._walk = noise.walk(torch.cat([fine, grid[-1:]]), event, x.dtype, areas=True)
-        self._times, self._steps = grid.unbind(), torch.diff(grid).tolist()
+        super().__init__(solver, problem, x, grid, noise, path=torch.cat([fine, grid[-1:]]))
 
-    @property
-    def calls(self) -> int:
-        return self._terms.calls
-
-    def step(self, i: int, x: Tensor) -> Tensor:
+    def _advance(self, i: int, x: Tensor) -> Tensor:
         t, h = self._times[i], self._steps[i]
-        parts = [self._walk(i * self._count + j) for j in range(self._count)]
-        w = torch.stack([part.w for part in parts]).flatten(2)  # (substeps, batch, m)
-        area = torch.stack([part.h for part in parts if part.h is not None]).flatten(2)
-        # P_j w_k + 1/2 w_j w_k + H_j w_k - w_j H_k, summed over the substeps
-        before = torch.cumsum(w, 0) - 0.5 * w + area
-        iterated = torch.einsum("sbj,sbk->bjk", before, w) - torch.einsum("sbj,sbk->bjk", w, area)
-        iterated = iterated - 0.5 * abs(h) * torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
+        path, iterated = x.new_zeros(()), x.new_zeros(())  # of the step so far
+        for j in range(self._count):  # a batched product would round by the size of the batch
+            part = self._walk(i * self._count + j)
+            assert part.h is not None
+            w, area = part.w.reshape(len(x), -1), part.h.reshape(len(x), -1)
+            # P_j w_k + 1/2 w_j w_k + H_j w_k - w_j H_k
+            iterated = iterated + (path + 0.5 * w + area).unsqueeze(-1) * w.unsqueeze(-2)
+            iterated = iterated - w.unsqueeze(-1) * area.unsqueeze(-2)
+            path = path + w
+        iterated = iterated - 0.5 * abs(h) * torch.eye(path.shape[-1], dtype=x.dtype, device=x.device)
         drift = self._terms.drift(x, t)
         g, products = lie_products(self._problem, x, t)
         g, products = g.to(x.dtype), products.to(x.dtype)
-        noise = torch.matmul(g.reshape(len(x), -1, g.shape[-1]), w.sum(0).unsqueeze(-1)).reshape(x.shape)
-        return x + h * drift + noise + _contract(products, iterated)
+        noise = (g * path.reshape(len(x), *[1] * (x.ndim - 1), -1)).sum(-1)
+        return plus(x, h, drift) + noise + _contract(products, iterated)

@@ -25,7 +25,8 @@ class Splitting(StochasticSolver):
     Args:
         linear: A: a number, a tensor of the event's shape (diagonal A), or a matrix (D, D), D the components of a
             sample; the same at all times.
-        inner: a one-step method for SDEs; `StochasticHeun` unless given.
+        inner: a one-step method for SDEs that draws nothing but its path (not LevyMilstein, PlatenWeak2);
+            `StochasticHeun` unless given.
     """
 
     linear: Any
@@ -38,6 +39,11 @@ class Splitting(StochasticSolver):
             raise ValueError(f"Splitting: expected a finite linear part, got {self.linear!r}")
         if not isinstance(self.inner, StochasticSolver):
             raise TypeError(f"Splitting: expected a one-step method for SDEs as inner, got {self.inner!r}")
+        if isinstance(self.inner, Splitting) or type(self.inner).stepper is not StochasticSolver.stepper:
+            raise ValueError(
+                f"Splitting: expected an inner method of (W, H) alone, such as StochasticHeun, Milstein or SRA1, "
+                f"got {self.inner.name}"
+            )
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -54,6 +60,9 @@ class Splitting(StochasticSolver):
     @property
     def strong(self) -> float:  # type: ignore[override]
         return min(self.inner.strong, 1.0)
+
+    def order_for(self, kind: NoiseKind) -> float:
+        return min(self.inner.order_for(kind), 1.0)
 
     def step(self, terms: Terms, x: Tensor, t: Tensor, h: H, w: Tensor, area: Tensor | None) -> Tensor:
         assert isinstance(terms, _Rest)
@@ -76,7 +85,8 @@ class _Rest(Terms):
                 f"matrix ({size}, {size}), got shape {tuple(linear.shape)}"
             )
         self._linear = linear.to(x.device)
-        self._part = self._linear.to(x.dtype)
+        # in the dtype of the steps
+        self._part = self._linear.to(x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32)
         self._h: H = 0.0
         self._half = self._part
 
@@ -94,4 +104,8 @@ class _Rest(Terms):
         return self._times(self._half, x)
 
     def _times(self, a: Tensor, x: Tensor) -> Tensor:
-        return (x.flatten(1) @ a.mT).reshape(x.shape) if self._matrix else a * x
+        if not self._matrix:
+            return a * x
+        # a product a sample, of two samples at least: others round by the size of the batch
+        rows = x.reshape(len(x), -1, 1).expand(max(2, len(x)), -1, -1)
+        return torch.matmul(a.expand(len(rows), *a.shape), rows)[: len(x)].reshape(x.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -151,27 +152,56 @@ def _fitting(kind: NoiseKind) -> list[str]:
 
 
 class GridRun:
-    """A one-step method along a grid."""
+    """A one-step method along a grid, on the increments of its path between the times `path` (the grid's)."""
 
-    def __init__(self, solver: StochasticSolver, problem: SDE, x: Tensor, grid: Tensor, noise: Noise) -> None:
+    def __init__(
+        self,
+        solver: StochasticSolver,
+        problem: SDE,
+        x: Tensor,
+        grid: Tensor,
+        noise: Noise,
+        path: Tensor | None = None,
+    ) -> None:
         self._solver, self._terms = solver, solver.terms(problem, x, grid[0])
         self._times, self._steps = grid.unbind(), torch.diff(grid).tolist()
         event = noise_shape(problem, x, grid[0])[1:]
         # 16-bit states are stepped in float32: their 8 to 11 bits would swallow the increments
         self._work = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-        self._walk = noise.walk(grid, event, self._work, areas=solver.areas)
+        self._walk = noise.walk(grid if path is None else path, event, self._work, areas=solver.areas)
+        self._reached = self._returned = torch.empty(0)
 
     @property
     def calls(self) -> int:
         return self._terms.calls
 
     def step(self, i: int, x: Tensor) -> Tensor:
+        # a 16-bit state goes on from what was computed, not from its rounding, unless somebody changed it
+        y = self._reached if x is self._returned else x.to(self._work)
+        self._reached = self._advance(i, y)
+        self._returned = self._reached.to(x.dtype)
+        return self._returned
+
+    def _advance(self, i: int, x: Tensor) -> Tensor:
+        """The step, in the dtype it is made in."""
         w, area = self._walk(i)
-        y = x if x.dtype == self._work else x.to(self._work)
-        w = self._terms.lift(w, y)
-        area = None if area is None else self._terms.lift(area, y)
-        y = self._solver.step(self._terms, y, self._times[i], self._steps[i], w, area)
-        return y if x.dtype == self._work else y.to(x.dtype)
+        w = self._terms.lift(w, x)
+        area = None if area is None else self._terms.lift(area, x)
+        return self._solver.step(self._terms, x, self._times[i], self._steps[i], w, area)
+
+
+def plus(x: Tensor, c: H, y: Tensor) -> Tensor:
+    """x + c y, in one operation where c is a number."""
+    return x + c * y if isinstance(c, Tensor) else torch.add(x, y, alpha=c)
+
+
+def combination(coefficients: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
+    """sum_i c_i y_i over the c_i that are not 0 (at least one)."""
+    used = [(c, y) for c, y in zip(coefficients, terms, strict=True) if c != 0]
+    total = used[0][0] * used[0][1]
+    for c, y in used[1:]:
+        total.add_(y, alpha=c)
+    return total
 
 
 def size(h: H) -> H:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from sdeflow.calculus import NoiseKind
-from sdeflow.solvers.stochastic import H, StochasticSolver, Terms, root, size
+from sdeflow.solvers.stochastic import H, StochasticSolver, Terms, combination, plus, root, size
 
 Rows = tuple[tuple[float, ...], ...]
 
@@ -99,7 +100,7 @@ class SRA(StochasticSolver):
         self, terms: Terms, x: Tensor, t: Tensor, h: H, w: Tensor, area: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         new, f, g = self._run(terms, x, t, h, w, area)
-        return new, new - (x + h * f + terms.apply(g, w))
+        return new, new - (plus(x, h, f) + terms.apply(g, w))
 
     def _run(
         self, terms: Terms, x: Tensor, t: Tensor, h: H, w: Tensor, area: Tensor | None
@@ -114,18 +115,18 @@ class SRA(StochasticSolver):
         for a, b, c in zip(table.a0, table.b0, table.c0, strict=True):
             y = x
             for v, slope in zip(a, slopes, strict=False):
-                y = y + (v * h) * slope
+                y = plus(y, v * h, slope)
             for i, v in enumerate(b):
-                y = y + v * lifted[i]
+                y = plus(y, v, lifted[i])
             slopes.append(terms.drift(y, _at(t, c, h)))
         new = x
         for v, f in zip(table.alpha, slopes, strict=True):
-            new = new + (v * h) * f
+            new = plus(new, v * h, f)
         for i in needed:
             if table.beta1[i]:
-                new = new + table.beta1[i] * terms.apply(g[i], w)
+                new = plus(new, table.beta1[i], terms.apply(g[i], w))
             if table.beta2[i]:
-                new = new + table.beta2[i] * lifted[i]
+                new = plus(new, table.beta2[i], lifted[i])
         start = next(i for i in needed if table.c1[i] == 0)
         return new, slopes[0], g[start]
 
@@ -181,9 +182,10 @@ class ShARK(StochasticSolver):
 
 @dataclass(frozen=True)
 class SRIW1(StochasticSolver):
-    """Rossler's SRI1W1 for diagonal and scalar noise: strong order 1.5, weak 2; 2 drifts and 4 diffusions a step.
+    """Rossler's SRI1W1 for diagonal and scalar noise: strong order 1.5; 2 drifts and 4 diffusions a step.
 
-    (Rossler 2010, section 5, table 5.2.) Solves to a tolerance: the error estimate is what the step adds to
+    Weak order 2 where G is linear in x, as for additive noise, and 1.5 otherwise: W in x' has an error
+    h^(3/2) G^3 G'''. (Rossler 2010, section 5, table 5.2.) Solves to a tolerance: the error estimate is what the step adds to
     Milstein's, of size h^(3/2).
     """
 
@@ -214,16 +216,17 @@ class SRIW1(StochasticSolver):
         for a, b, c in zip(table.a1[1:], table.b1[1:], table.c1[1:], strict=True):
             y = x
             if terms.kind != "additive":  # else G ignores its state, and may be a matrix
-                y = y + (a[0] * h) * f
+                y = plus(x, a[0] * h, f)
                 for v, stage in zip(b, g, strict=False):
-                    y = y + (v * r) * stage
+                    y = plus(y, v * r, stage)
             g.append(terms.diffusion(y, _at(t, c, h)))
-        i10 = 0.5 * w + area
-        i11 = 0.5 * (w * w - length) / r
-        i111 = (w * w - 3 * length) * w / (6 * length)
-        other = terms.drift(x + (0.75 * h) * f + 1.5 * terms.apply(g[0], i10), t + 0.75 * h)
-        new = x + (h / 3) * f + (2 * h / 3) * other
-        columns = zip(table.beta1, table.beta2, table.beta3, table.beta4, g, strict=True)
-        for b1, b2, b3, b4, stage in columns:
-            new = new + terms.apply(stage, b1 * w + b2 * i11 + b3 * i10 + b4 * i111)
+        i10 = torch.add(area, w, alpha=0.5)
+        square = w * w
+        i11 = (square - length) * (0.5 / r)
+        i111 = (square - 3 * length) * w * (1 / (6 * length))
+        other = terms.drift(plus(x, 0.75 * h, f) + terms.apply(g[0], 1.5 * i10), t + 0.75 * h)
+        new = plus(plus(x, h / 3, f), 2 * h / 3, other)
+        weights = ((table.beta1, w), (table.beta2, i11), (table.beta3, i10), (table.beta4, i111))
+        for beta, integral in weights:
+            new = new + terms.apply(combination(beta, g), integral)
         return new, f, g

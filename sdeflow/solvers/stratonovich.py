@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from sdeflow.calculus import NoiseKind
-from sdeflow.solvers.stochastic import H, StochasticSolver, Terms
+from sdeflow.solvers.stochastic import H, StochasticSolver, Terms, plus
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,10 @@ class StochasticHeun(StochasticSolver):
         self, terms: Terms, x: Tensor, t: Tensor, h: H, w: Tensor, area: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         f, noise = terms.drift(x, t), terms.apply(terms.diffusion(x, t), w)
-        y = x + h * f + noise
-        half = 0.5 * h * (terms.drift(y, t + h) - f)
+        y = plus(x, h, f) + noise
+        half = (terms.drift(y, t + h) - f) * (0.5 * h)
         other = terms.apply(terms.diffusion(y, t + h), w)
-        return x + h * f + half + 0.5 * (noise + other), half
+        return torch.add(y + half, other - noise, alpha=0.5), half
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,10 @@ class StochasticMidpoint(StochasticSolver):
     form: ClassVar[Literal["ito", "stratonovich"]] = "stratonovich"
     strong: ClassVar[float] = 1.0
 
+    def order_for(self, kind: NoiseKind) -> float:
+        return 0.5 if kind == "general" else 1.0
+
     def step(self, terms: Terms, x: Tensor, t: Tensor, h: H, w: Tensor, area: Tensor | None) -> Tensor:
-        y = x + 0.5 * h * terms.drift(x, t) + 0.5 * terms.apply(terms.diffusion(x, t), w)
+        y = plus(plus(x, 0.5 * h, terms.drift(x, t)), 0.5, terms.apply(terms.diffusion(x, t), w))
         middle = t + 0.5 * h
-        return x + h * terms.drift(y, middle) + terms.apply(terms.diffusion(y, middle), w)
+        return plus(x, h, terms.drift(y, middle)) + terms.apply(terms.diffusion(y, middle), w)

@@ -104,10 +104,9 @@ class _WeakRun(GridRun):
             m = math.prod(noise_shape(problem, x, grid[0])[1:])
             self._draw = noise.sequence(WEAK, grid.numel() - 1, (m, m), self._work)
 
-    def step(self, i: int, x: Tensor) -> Tensor:
+    def _advance(self, i: int, x: Tensor) -> Tensor:
         if self._draw is None:
-            return super().step(i, x)
+            return super()._advance(i, x)
         upper = torch.triu(torch.where(self._draw(i) < 0, -1.0, 1.0).to(self._work), diagonal=1)
         v = (upper - upper.mT) * abs(self._steps[i])
-        y = x.to(self._work)
-        return self._platen.step(self._terms, y, self._times[i], self._steps[i], self._walk(i).w, None, v).to(x.dtype)
+        return self._platen.step(self._terms, x, self._times[i], self._steps[i], self._walk(i).w, None, v)

@@ -1,0 +1,1 @@
+"""Benchmarks that time this library against hand-written loops and against other packages, in one run."""
