@@ -231,6 +231,15 @@ def _left_size(leaves: np.ndarray) -> np.ndarray:
     return np.minimum(1 << (height - 1), leaves - (1 << height >> 2))
 
 
+def _running_sum(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(sum, what its rounding lost), (count + 1,) each: short intervals keep their lengths beside long ones."""
+    total = np.concatenate([np.zeros(1), np.cumsum(lengths)])
+    before, after = total[:-1], total[1:]
+    added = after - before
+    lost = (before - (after - added)) + (lengths - added)
+    return total, np.concatenate([np.zeros(1), np.cumsum(lost)])
+
+
 class _Expansion(NamedTuple):
     """How a run of nodes is split into smaller ones; the same for every run of nodes of these sizes.
 
@@ -281,9 +290,10 @@ class GridWalk:
         self._normals = NodeNormals(noise, count // shape.group, event, dtype, areas)
         self._words = self._normals.words(shape.levels, shape.places)
         self._second = torch.from_numpy(shape.places & 1)
-        clock = np.concatenate([np.zeros(1), np.cumsum(lengths.numpy())])
+        clock, lost = _running_sum(lengths.numpy())
         points = np.arange(count)
-        parts = split_coefficients(clock[points] - clock[shape.left], clock[shape.right] - clock[points], areas)
+        p, q = ((clock[b] - clock[a]) + (lost[b] - lost[a]) for a, b in ((shape.left, points), (points, shape.right)))
+        parts = split_coefficients(p, q, areas)
         self._even = bool((parts[1][1:] > _EVEN).all())
         self._coefficients = torch.from_numpy(np.stack(parts)).to(device=noise.index.device, dtype=self._normals.work)
         numbers = max(1, noise.index.numel() * math.prod(event) * (2 if areas else 1))
@@ -327,13 +337,18 @@ class GridWalk:
         c = self._coefficients[:, at.to(z1.device)].reshape(len(self._coefficients), -1, *[1] * (z1.ndim - 1))
         first = 0
         for i, count in enumerate(plan.splits):
-            rows = slice(place[first], place[first] + count)
+            rows = _run(place[first : first + count])
             own = Split.of([v[first : first + count] for v in c], self._even)
             last = i == len(plan.splits) - 1
             scratch = None if last else f"tree {i % 2}"
             whole = split(whole, own, z1[rows], None if z2 is None else z2[rows], scratch)
             first += count
         return whole
+
+
+def _run(rows: list[int]) -> slice | list[int]:
+    """Increasing rows, as a slice if there are no others between them."""
+    return slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] == len(rows) - 1 else rows
 
 
 def _rows_of(increment: Increment, rows: Tensor | slice) -> Increment:

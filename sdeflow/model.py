@@ -27,7 +27,7 @@ from torch import Tensor
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.processes import DiscreteVP
 from sdeflow.sde import SDE, Evaluator, checked_shape
-from sdeflow.times import Time, align
+from sdeflow.times import Each, Time, align
 
 Prediction = Literal["x0", "eps", "score", "v", "velocity"]
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
@@ -193,13 +193,13 @@ class Model:
             )
         ps, qs = p.tolist(), q.tolist()
         table = self._time_input(times)
-        inputs: tuple[Tensor, ...] = ()
+        inputs: Each | None = None
 
         def evaluate(k: int, x: Tensor) -> Tensor:
             nonlocal inputs
-            if not inputs:  # to where the states are, once
+            if inputs is None:  # to where the states are, once
                 moved = table.to(x.device, x.dtype) if self.expand else table.to(x.device if table.ndim > 1 else "cpu")
-                inputs = moved.unbind()
+                inputs = Each(moved)
             time = inputs[k].expand(x.shape[0]) if self.expand else inputs[k]
             value, factor = self.raw(x, time), qs[k]
             if ps[k] == 0.0:

@@ -65,15 +65,19 @@ def hashed_words(nodes: Tensor) -> Tensor:
     return _mix((nodes + 1) * _signed(_GOLDEN))
 
 
-def normal_pairs(seeds: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
-    """Two independent standard normals for each of the 64-bit inputs seeds + words: (n, *rest) -> (n, 2, *rest).
+def normal_pairs(seeds: Tensor, words: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two independent standard normals for each of the 64-bit inputs seeds + words, which broadcast.
 
-    Box-Muller on the halves of SplitMix64's output function; float64 or float32; the inputs broadcast.
+    Box-Muller on the halves of SplitMix64's output function; float64 or float32. A pure function, for `torch.compile`,
+    which makes one kernel of it; `Noise` makes the same numbers in place.
     """
-    bits = seeds + words
-    out = torch.empty((bits.shape[0], 2, *bits.shape[1:]), dtype=dtype, device=bits.device)
-    angle, radius = (torch.empty_like(bits, dtype=dtype) for _ in range(2))
-    return _box_muller(bits, torch.empty_like(bits), angle, radius, out)
+    z = seeds + words
+    for bits, factor in zip((30, 27), _MULTIPLIERS, strict=True):
+        z = (z ^ ((z >> bits) & ((1 << (64 - bits)) - 1))) * _signed(factor)
+    z = z ^ ((z >> 31) & ((1 << 33) - 1))
+    angle = (z >> 32).to(dtype) * (2 * math.pi * 2.0**-32)
+    radius = torch.sqrt(-2.0 * torch.log(((z & 0xFFFFFFFF).to(dtype) + 0.5) * 2.0**-32))
+    return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
 def _box_muller(bits: Tensor, work: Tensor, angle: Tensor, radius: Tensor, out: Tensor) -> Tensor:

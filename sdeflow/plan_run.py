@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdeflow.noise import CHURN, Noise
 from sdeflow.sde import SDE, Problem, multiply_noise, noise_shape
+from sdeflow.times import Each
 
 if TYPE_CHECKING:
     from sdeflow.plan import Plan
@@ -103,7 +104,7 @@ def _noise_adder(
     if plan.noise_kind == "unit":
         return _unit_noise(plan, noise, x, work)
     assert isinstance(problem, SDE)
-    sde, ts = problem, plan.grid.unbind()
+    sde, ts = problem, Each(plan.grid)
     walk = noise.walk(plan.clock, noise_shape(sde, x, ts[0])[1:], x.dtype)
     scale = _normalised(plan.noise, walk.lengths)
 

@@ -22,10 +22,14 @@ class RecordedPath(NoiseSource):
     """
 
     def __init__(self, times: Tensor, values: Tensor, areas: Tensor | None = None, *, seed: int = 0) -> None:
+        for name, given in (("values", values), ("areas", areas)):
+            if not isinstance(given, Tensor) and not (name == "areas" and given is None):
+                raise TypeError(f"expected {name} as a tensor, got {type(given).__name__}")
         self.times = torch.as_tensor(times, dtype=torch.float64).cpu()
         h = torch.diff(self.times)
-        if self.times.ndim != 1 or self.times.numel() < 2 or not bool((h > 0).all() or (h < 0).all()):
-            raise ValueError(f"expected monotone times (n + 1,), got shape {tuple(self.times.shape)}")
+        monotone = bool((h > 0).all() or (h < 0).all()) and bool(torch.isfinite(self.times).all())
+        if self.times.ndim != 1 or self.times.numel() < 2 or not monotone:
+            raise ValueError(f"expected finite, monotone times (n + 1,), got shape {tuple(self.times.shape)}")
         if values.ndim < 2 or len(values) != self.times.numel():
             raise ValueError(f"expected values ({self.times.numel()}, batch, ...), got {tuple(values.shape)}")
         if areas is not None and areas.shape != (len(values) - 1, *values.shape[1:]):
@@ -71,12 +75,13 @@ class _RecordedWalk:
             )
         if areas and path.areas is None:
             raise ValueError("this method uses space-time areas: expected a RecordedPath with areas")
-        gaps = (path.times[None] - times[:, None]).abs()
-        if bool((gaps.min(1).values > 1e-12 * (path.times[-1] - path.times[0]).abs()).any()):
-            missing = times[gaps.min(1).values.argmax()]
+        nearest = _nearest(path.times, times)
+        gaps = (path.times[nearest] - times).abs()
+        if bool((gaps > 1e-12 * (path.times[-1] - path.times[0]).abs()).any()):
+            missing = times[gaps.argmax()]
             raise ValueError(f"expected a grid of the recorded times, got {float(missing):g}, which was not recorded")
         self.lengths = torch.diff(times).abs()
-        self._at = gaps.argmin(1).tolist()
+        self._at = nearest.tolist()
         self._path, self._dtype, self._areas, self._device = path, dtype, areas, device
 
     def __call__(self, k: int) -> Increment:
@@ -84,6 +89,7 @@ class _RecordedWalk:
         w = (path.values[b] - path.values[a]).to(self._device, self._dtype)
         if not self._areas or path.areas is None:
             return Increment(w, None)
+        a, b = sorted((a, b))  # of a path run backwards W changes its sign, H does not
         if b - a != 1:
             parts = [Increment(path.values[i + 1] - path.values[i], path.areas[i]) for i in range(a, b)]
             lengths = torch.diff(path.times).abs().tolist()[a:b]
@@ -93,3 +99,12 @@ class _RecordedWalk:
             assert whole.h is not None
             return Increment(w, whole.h.to(self._device, self._dtype))
         return Increment(w, path.areas[a].to(self._device, self._dtype))
+
+
+def _nearest(recorded: Tensor, times: Tensor) -> Tensor:
+    """The place of the recorded time nearest to each of `times`."""
+    rises = bool(recorded[-1] > recorded[0])
+    rising = recorded if rises else recorded.flip(0)
+    above = torch.searchsorted(rising, times.contiguous()).clamp(1, len(rising) - 1)
+    place = torch.where(times - rising[above - 1] <= rising[above] - times, above - 1, above)
+    return place if rises else len(rising) - 1 - place

@@ -24,7 +24,7 @@ from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model, Row, as_model, row_of
 from sdeflow.quadrature import gauss_legendre
 from sdeflow.sde import SDE, Evaluator, Score
-from sdeflow.times import Time, as_time
+from sdeflow.times import Each, Time, as_time
 from sdeflow.variables import VARIABLES
 
 Eta = float | Callable[[Tensor], Any]
@@ -181,7 +181,7 @@ class ReverseSDE(SDE):
         """`evaluate(k, x)`: the score at times[k]."""
         if isinstance(self.process, GaussianSDE):
             return self.evaluator("score", times)
-        ts = times.unbind()
+        ts = Each(times)
         return lambda k, x: self.model.score(x, ts[k])
 
     def scalar_diffusion(self, times: Tensor) -> Tensor | None:

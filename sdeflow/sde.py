@@ -17,6 +17,7 @@ from torch import Tensor
 from sdeflow import grids
 from sdeflow.calculus import correction
 from sdeflow.interop import OdeCallable, SdeCallable
+from sdeflow.times import Each
 
 if TYPE_CHECKING:
     from sdeflow.model import Model
@@ -81,7 +82,7 @@ class Problem(ABC, OdeCallable):
                 f"(sde.reverse(model) of a GaussianSDE); {type(self).__name__} has only a drift: "
                 "use a solver of the drift view, such as Heun, RK45 or EulerMaruyama"
             )
-        ts = times.unbind()
+        ts = Each(times)
 
         def evaluate(k: int, x: Tensor) -> Tensor:
             return checked_shape(self.drift(x, ts[k]), x, "the drift")
@@ -155,7 +156,7 @@ class SDE(Problem, SdeCallable):
     def evaluator(self, target: str, times: Tensor) -> Evaluator:
         if target != "drift" or self._is("ito"):
             return super().evaluator(target, times)
-        ts = times.unbind()
+        ts = Each(times)
         return lambda k, x: checked_shape(self.ito_drift(x, ts[k]), x, "the drift")
 
     def scalar_diffusion(self, times: Tensor) -> Tensor | None:

@@ -51,3 +51,20 @@ def check_within(t: Tensor, low: float, high: float, what: str = "time") -> None
     if not (least >= low - slack and most <= high + slack):
         got = f"{least:g}" if least == most else f"times from {least:g} to {most:g}"
         raise ValueError(f"expected {what} in [{low:g}, {high:g}], got {got}")
+
+
+class Each:
+    """`each[k]`: row k of a tensor, unbound a block at a time: a long grid is not a tensor object for every step."""
+
+    _BLOCK = 1024
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+        self._number, self._block = -1, values[:0].unbind()
+
+    def __getitem__(self, k: int) -> Tensor:
+        number, place = divmod(k, self._BLOCK)
+        if number != self._number:
+            first = number * self._BLOCK
+            self._number, self._block = number, self._values[first : first + self._BLOCK].unbind()
+        return self._block[place]

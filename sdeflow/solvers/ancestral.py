@@ -24,6 +24,7 @@ from sdeflow.plan import Plan, eta_key
 from sdeflow.sde import Problem
 from sdeflow.solvers.base import LinearSolver, Solver, Stepper, View, semilinear
 from sdeflow.solvers.exponential import DDIM, ExponentialMultistep
+from sdeflow.times import Each
 
 Variance = Literal["posterior", "forward"] | Callable[[Tensor, Tensor], Tensor]
 
@@ -96,7 +97,7 @@ class _LearnedRun:
 
     def __init__(self, solver: LearnedVariance, plan: Plan, problem: Problem, x: Tensor, noise: Noise) -> None:
         process, grid = semilinear(solver.name, problem).gaussian, plan.grid
-        self._v, self._times = solver.v, grid.unbind()
+        self._v, self._times = solver.v, Each(grid)
         self._mean = dataclasses.replace(plan, noise=torch.zeros_like(plan.noise)).stepper(problem, x, grid, None)
         work = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
         # the path of the posterior's variance: v = 0 is DDPM() on the same seed

@@ -17,6 +17,7 @@ from sdeflow.noise import Noise
 from sdeflow.pid import PID
 from sdeflow.sde import SDE, Problem, checked_shape, multiply_noise, noise_shape
 from sdeflow.solvers.base import Solver, Stepper
+from sdeflow.times import Each
 
 H = Tensor | float
 
@@ -164,7 +165,7 @@ class GridRun:
         path: Tensor | None = None,
     ) -> None:
         self._solver, self._terms = solver, solver.terms(problem, x, grid[0])
-        self._times, self._steps = grid.unbind(), torch.diff(grid).tolist()
+        self._times, self._steps = Each(grid), torch.diff(grid).tolist()
         event = noise_shape(problem, x, grid[0])[1:]
         # 16-bit states are stepped in float32: their 8 to 11 bits would swallow the increments
         self._work = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32

@@ -184,9 +184,8 @@ class ShARK(StochasticSolver):
 class SRIW1(StochasticSolver):
     """Rossler's SRI1W1 for diagonal and scalar noise: strong order 1.5; 2 drifts and 4 diffusions a step.
 
-    Weak order 2 where G is linear in x, as for additive noise, and 1.5 otherwise: W in x' has an error
-    h^(3/2) G^3 G'''. (Rossler 2010, section 5, table 5.2.) Solves to a tolerance: the error estimate is what the step adds to
-    Milstein's, of size h^(3/2).
+    Weak order 2 for additive noise, and 1.5 where G''' is not 0. (Rossler 2010, section 5, table 5.2.) Solves to a
+    tolerance: the error estimate is what the step adds to Milstein's, of size h^(3/2).
     """
 
     name = "SRIW1"

@@ -28,15 +28,15 @@ class PlatenWeak2(StochasticSolver):
 
     y = x + f h + G W, R+-_j = x + f h +- G_j sqrt(h), both at t + h, U+-_r = x +- G_r sqrt(h) at t; V_rj = +-h with
     equal chances for r < j, V_jr = -V_rj. W is Gaussian, of the driving path, so the method is also of strong order
-    1/2 (1 for diagonal and scalar noise). Two drifts a step; 3 diffusions for diagonal, scalar and additive noise,
-    1 + 4 m for others.
+    1/2 (1 for noise that commutes: there V cancels). Two drifts a step; 3 diffusions for diagonal and scalar noise, 2
+    for additive, 1 + 4 m for others.
     """
 
     name = "PlatenWeak2"
     strong: ClassVar[float] = 0.5
 
     def order_for(self, kind: NoiseKind) -> float:
-        return 0.5 if kind in ("commutative", "general") else 1.0
+        return 0.5 if kind == "general" else 1.0
 
     def stepper(self, problem: Problem, x: Tensor, grid: Tensor, noise: Noise | None) -> Stepper:
         assert isinstance(problem, SDE)
