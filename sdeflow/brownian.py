@@ -181,9 +181,8 @@ class NodeNormals:
         return part
 
     def root(self, length: float) -> Increment:
-        """The whole span, (1, batch, *event)."""
-        words = self.words(np.array([_ROOT_LEVEL]), np.array([0]))
-        z1, z2, _ = self.of(words, torch.zeros(1, dtype=torch.int64))
+        """The whole span, (1, batch, *event): the same in every tree."""
+        z1, z2, _ = self.of(hashed_words(torch.tensor([_ROOT_LEVEL])), torch.zeros(1, dtype=torch.int64))
         return Increment(z1[:1] * math.sqrt(length), None if z2 is None else z2 * math.sqrt(length / 12))
 
 

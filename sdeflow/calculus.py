@@ -174,13 +174,15 @@ def _slope_size(sde: SDE, x: Tensor, t: Tensor) -> float:
     """The size of the derivative of G along a direction without symmetry; 0 where G does not depend on x."""
     direction = 1 + torch.frac(torch.arange(x.numel(), dtype=x.dtype, device=x.device) * 0.6180339887).reshape(x.shape)
     slope = along(sde, x, t, direction)[1]
-    return float(torch.nan_to_num(slope).abs().max())
+    return float(torch.nan_to_num(slope.detach()).abs().max())
 
 
 def _own(sde: SDE, x: Tensor, t: Tensor) -> bool:
     with torch.inference_mode(False), torch.enable_grad():
         leaf = x.detach().clone().requires_grad_()
         square = (sde.diffusion(leaf, _outside_inference(t)) ** 2).expand(leaf.shape)
+        if not square.requires_grad or not _depends(square, leaf):
+            return True
         own = torch.autograd.grad(square.sum(), leaf, retain_graph=True)[0]
         return _is_own_coordinate(square, leaf, own)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model
 from sdeflow.noise import PATH, Noise
+from sdeflow.sde import Problem as Equation
 
 Draw = Callable[[int, int], Tensor]
 """`draw(n, seed)`: n independent samples (n, *shape)."""
@@ -128,7 +129,7 @@ def as_problem(value: Any, name: str) -> Problem:
             f"{name} is an sf.Model, which does not know the shape of a sample: "
             f"write sf.bench.Problem({name}, shape=(...))"
         )
-    if callable(value) and not isinstance(value, (type, torch.nn.Module)):
+    if callable(value) and not isinstance(value, (type, torch.nn.Module, Equation)):
         made = value()
         if isinstance(made, Problem):
             return made

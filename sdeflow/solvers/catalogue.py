@@ -134,7 +134,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     _stochastic(Milstein, 1, 1, "Milstein 1974; Kloeden and Platen 1992, section 10.3"),
     _stochastic(LevyMilstein, 1, 1, "Kloeden and Platen 1992, section 10.3; areas: Foster 2020, chapter 7"),
-    _stochastic(StochasticHeun, 2, 1, "Rumelin 1982"),
+    _stochastic(StochasticHeun, 2, 2, "Rumelin 1982"),
     _stochastic(StochasticMidpoint, 2, 1, "Kloeden and Platen 1992, section 8.1"),
     _stochastic(SRA1, 2, 2, "Rossler 2010, table 6.2"),
     _stochastic(SRA3, 3, 2, "Rossler 2010, table 6.3"),
@@ -142,7 +142,7 @@ CATALOGUE: tuple[Row, ...] = (
     _stochastic(SRIW1, 2, 2, "Rossler 2010, table 5.2"),
     _stochastic(PlatenWeak2, 2, 2, "Kloeden and Platen 1992, section 15.1, equation 1.3"),
     _stochastic(SKROCK, 5, 1, "Abdulle, Almuslimani and Vilmart 2018, equation 9"),
-    _stochastic(AdaptiveSDE, 2, 1, "Jolicoeur-Martineau et al. 2021, algorithm 1"),
+    _stochastic(AdaptiveSDE, 2, 2, "Jolicoeur-Martineau et al. 2021, algorithm 1"),
     _exponential(DDIM, 1, "Song et al. 2021, DDIM, equation 12"),
     Row(
         "DDPM", DDPM, None, 1, "transition", "Ho et al. 2020, DDPM, equations 6-7",

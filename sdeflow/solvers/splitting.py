@@ -79,7 +79,7 @@ class _Rest(Terms):
         self.__dict__.update(terms.__dict__)
         size = x[0].numel()
         self._matrix = linear.shape == (size, size) and linear.shape != x.shape[1:]
-        if not self._matrix and torch.broadcast_shapes(linear.shape, x.shape[1:]) != x.shape[1:]:
+        if not self._matrix and not _broadcasts(linear.shape, x.shape[1:]):
             raise ValueError(
                 f"Splitting: expected a linear part that is a number, of the event's shape {tuple(x.shape[1:])}, or a "
                 f"matrix ({size}, {size}), got shape {tuple(linear.shape)}"
@@ -109,3 +109,8 @@ class _Rest(Terms):
         # a product a sample, of two samples at least: others round by the size of the batch
         rows = x.reshape(len(x), -1, 1).expand(max(2, len(x)), -1, -1)
         return torch.matmul(a.expand(len(rows), *a.shape), rows)[: len(x)].reshape(x.shape)
+
+
+def _broadcasts(shape: torch.Size, event: torch.Size) -> bool:
+    pairs = zip(reversed(shape), reversed(event), strict=False)
+    return len(shape) <= len(event) and all(n in (1, size) for n, size in pairs)

@@ -127,7 +127,7 @@ class SRA(StochasticSolver):
                 new = plus(new, table.beta1[i], terms.apply(g[i], w))
             if table.beta2[i]:
                 new = plus(new, table.beta2[i], lifted[i])
-        start = next(i for i in needed if table.c1[i] == 0)
+        start = next((i for i in needed if table.c1[i] == 0), needed[0])
         return new, slopes[0], g[start]
 
 

@@ -17,8 +17,8 @@ class StochasticHeun(StochasticSolver):
     """y = x + f h + G W; x' = x + 1/2 (f + f(y)) h + 1/2 (G + G(y)) W, of the Stratonovich equation.
 
     (Rumelin 1982, Numerical treatment of stochastic differential equations.) Strong order 1 for noise that commutes,
-    1/2 for general noise; weak order 1; two drifts a step. Solves to a tolerance: its error estimate is
-    1/2 h (f(y) - f).
+    1/2 for general noise; weak order 1, 2 for additive noise; two drifts a step. Solves to a tolerance: its error
+    estimate is 1/2 h (f(y) - f).
     """
 
     name = "StochasticHeun"
@@ -45,7 +45,8 @@ class StochasticHeun(StochasticSolver):
 class StochasticMidpoint(StochasticSolver):
     """y = x + 1/2 f h + 1/2 G W; x' = x + f(y, t + h/2) h + G(y, t + h/2) W, of the Stratonovich equation.
 
-    (Kloeden and Platen 1992, section 8.1, with W a smooth driver.) Orders as `StochasticHeun`; two drifts a step.
+    (Kloeden and Platen 1992, section 8.1, with W a smooth driver.) Strong orders as `StochasticHeun`, weak order 1; two
+    drifts a step.
     """
 
     name = "StochasticMidpoint"
