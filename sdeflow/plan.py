@@ -251,23 +251,26 @@ class Plan(LinearSolver):
         return 1 if self.noise.ndim == 1 else self.noise.shape[1]
 
     @cached_property
-    def clock(self) -> Tensor:
-        """The clock (steps * draws + 1,) on which the noise is one Brownian motion: finer grids refine its path.
+    def lengths(self) -> Tensor:
+        """The lengths (steps * draws,) of the normals' intervals on the clock of which the noise is a Brownian motion.
 
-        Where the state is a time x (a drift) it is t; else the variance that each normal leaves in x, in units of
-        the linear flow: x_n/R_n, R_n = ratio_0 ... ratio_(n-1), is a martingale in the noise.
+        Where the state is a time x (a drift) they are those of t; else the variance that each normal leaves in x, in
+        units of the linear flow: x_n/R_n, R_n = ratio_0 ... ratio_(n-1), is a martingale in the noise. Only ratios of
+        neighbours matter; the largest is 1, and none is so short that float32 loses it.
         """
         if self.target == "drift":
-            return (self.grid - self.grid[0]).abs()
+            return torch.diff(self.grid).abs()
         last = torch.tensor([rows[-1] for rows in self._rows])
-        scale = torch.cumsum(torch.log(self.ratio[last].abs()), 0)
+        ratio = self.ratio[last].abs()
+        scale = torch.cumsum(torch.log(torch.where(ratio > 0, ratio, 1.0)), 0)  # a step that forgets x begins anew
         share = self.noise.reshape(self.nfe, -1)[last]
-        lengths = torch.where(share == 0, 0.0, 2 * (torch.log(share.abs()) - scale[:, None]))
-        # only ratios of neighbouring lengths matter: the largest is made 1
-        top = lengths[share != 0].max() if bool((share != 0).any()) else lengths.max()
-        lengths = torch.where(share == 0, 0.0, torch.exp(lengths - top))
-        lengths = torch.where(torch.isfinite(lengths), lengths, 1.0)  # after a step that forgets x
-        return torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumsum(lengths.flatten(), 0)])
+        logs = 2 * (torch.log(share.abs()) - scale[:, None])
+        return torch.where(share == 0, 0.0, torch.exp((logs - logs.max()).clamp(min=-69.0))).flatten()
+
+    @cached_property
+    def clock(self) -> Tensor:
+        """The clock (steps * draws + 1,) of those lengths: finer grids refine its path."""
+        return torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumsum(self.lengths, 0)])
 
     @cached_property
     def _rows(self) -> list[range]:

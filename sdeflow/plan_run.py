@@ -105,7 +105,7 @@ def _noise_adder(
         return _unit_noise(plan, noise, x, work)
     assert isinstance(problem, SDE)
     sde, ts = problem, Each(plan.grid)
-    walk = noise.walk(plan.clock, noise_shape(sde, x, ts[0])[1:], x.dtype)
+    walk = noise.walk(plan.grid, noise_shape(sde, x, ts[0])[1:], x.dtype)
     scale = _normalised(plan.noise, walk.lengths)
 
     def add(k: int, i: int, y: Tensor, x: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def _noise_adder(
 
 def _unit_noise(plan: Plan, noise: Noise, x: Tensor, work: torch.dtype) -> Callable[[int, int, Tensor, Tensor], Tensor]:
     draws = plan.draws
-    walk = noise.walk(_times(plan), x.shape[1:], work, lengths=torch.diff(plan.clock))
+    walk = noise.walk(_times(plan), x.shape[1:], work, lengths=plan.lengths)
     per_row = walk.lengths.reshape(plan.steps, draws)[plan.step_of_row]
     scale = _normalised(plan.noise.reshape(plan.nfe, draws), per_row)
     if draws == 1:

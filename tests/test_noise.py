@@ -3,6 +3,8 @@
 Statistical tests are at level 1e-6 or 5 standard errors (6e-7) a comparison, on fixed seeds.
 """
 
+import functools
+import itertools
 import math
 
 import numpy as np
@@ -11,7 +13,8 @@ import torch
 from scipy import stats
 
 import sdeflow as sf
-from sdeflow.noise import CORRECTOR, DATA, PATH, PRIOR, _mix
+from sdeflow import noise as noise_module
+from sdeflow.noise import CHURN, CORRECTOR, DATA, PATH, PRIOR, WEAK, _mix, hashed_words, normal_pairs
 from tests.exact import F64
 
 LEVEL = 1e-6
@@ -63,6 +66,117 @@ def test_neighbours_are_independent(along):
             assert abs((f(a) * f(b)).mean()) < 5 / math.sqrt(n)
     a, b = (np.floor(stats.norm.cdf(z[i : n - 1 + i : 2]) * 16).astype(int) for i in (0, 1))
     assert stats.chisquare(np.bincount(16 * a + b, minlength=256)).pvalue > LEVEL
+
+
+# ---- a million numbers
+
+MILLION = 1_000_000
+
+
+def million_nodes():
+    read = sf.Noise(3, 1).sequence(CORRECTOR, MILLION // 10, (10,), F64)
+    return torch.stack([read(k) for k in range(MILLION // 10)])
+
+
+AXES = {
+    "event": lambda: draw(11, 1, (MILLION,)),
+    "index": lambda: draw(12, MILLION, ()),
+    "node": million_nodes,
+    "seed": lambda: torch.cat([draw(s, 1, (500,)) for s in range(MILLION // 500)]),
+    "float32": lambda: draw(11, 1000, (1000,), dtype=torch.float32).to(F64),
+}
+
+
+@functools.cache
+def million(along):
+    return AXES[along]().flatten().numpy()
+
+
+@pytest.mark.parametrize("along", AXES)
+def test_the_law_of_a_million(along):
+    """KS, chi-square on 1024 equal cells, six moments, and the tail beyond 4 (63.3 expected, Poisson)."""
+    z = million(along)
+    n = z.size
+    assert n == MILLION
+    assert stats.kstest(z, "norm").pvalue > LEVEL
+    cells = np.floor(stats.norm.cdf(z) * 1024).astype(int).clip(0, 1023)
+    assert stats.chisquare(np.bincount(cells, minlength=1024)).pvalue > LEVEL
+    for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (5, 0, 945), (6, 15, 10170)):
+        assert abs((z**power).mean() - mean) < 5 * math.sqrt(variance / n)
+    beyond, expected = int((np.abs(z) > 4).sum()), n * 2 * stats.norm.sf(4)
+    assert min(stats.poisson.cdf(beyond, expected), stats.poisson.sf(beyond - 1, expected)) > LEVEL
+
+
+@pytest.mark.parametrize("along", AXES)
+def test_neighbours_in_a_million_are_independent(along):
+    """Values, squares and signs at lags 1, 2, 10 and 500, and chi-square of pairs on 32 x 32 cells, each in one pair.
+
+    Lag 1 is from index to index where one number is drawn of each, else within an event; lag 10 is from node to node,
+    and lag 500 from seed to seed, for the same component.
+    """
+    z = million(along)
+    n = z.size
+    cells = np.floor(stats.norm.cdf(z) * 32).astype(int).clip(0, 31)
+    for lag in (1, 2, 10, 500):
+        a, b = z[:-lag], z[lag:]
+        for f in (lambda v: v, lambda v: (v**2 - 1) / math.sqrt(2), np.sign):
+            assert abs((f(a) * f(b)).mean()) < 5 / math.sqrt(n)
+        pairs = cells[: n - n % (2 * lag)].reshape(-1, 2, lag)
+        assert stats.chisquare(np.bincount((32 * pairs[:, 0] + pairs[:, 1]).ravel(), minlength=1024)).pvalue > LEVEL
+
+
+def test_the_two_of_a_pair_are_independent():
+    """Nodes 2j and 2j + 1 are the cosine and the sine of one pair: its angle is uniform, half its radius^2 exponential,
+    the two independent; 2^19 pairs."""
+    read = sf.Noise(3, 512).sequence(CORRECTOR, 64, (32,), F64)
+    z = torch.stack([read(k) for k in range(64)])
+    x, y = z[0::2].flatten().numpy(), z[1::2].flatten().numpy()
+    angle, half = np.arctan2(y, x) / (2 * math.pi) + 0.5, (x**2 + y**2) / 2
+    assert stats.kstest(angle, "uniform").pvalue > LEVEL
+    assert stats.kstest(half, "expon").pvalue > LEVEL
+    a, b = (np.floor(u * 32).astype(int).clip(0, 31) for u in (angle, -np.expm1(-half)))
+    assert stats.chisquare(np.bincount(32 * a + b, minlength=1024)).pvalue > LEVEL
+    for f in (lambda v: v, lambda v: (v**2 - 1) / math.sqrt(2), np.sign, np.abs):
+        assert abs(np.corrcoef(f(x), f(y))[0, 1]) < 5 / math.sqrt(x.size)
+
+
+def rows_along(axis, rows, columns):
+    """(rows, columns) numbers: each row another component, sample, node, stream or seed."""
+    if axis == "component":
+        return draw(1, columns, (rows,)).T
+    if axis == "index":
+        return draw(1, rows, (columns,))
+    if axis == "index 2^k":
+        return draw(1, 62, (columns,), index=2 ** torch.arange(62))
+    if axis == "node":
+        return torch.stack([draw(1, 1, (columns,), node=k)[0] for k in range(rows)])
+    if axis == "node 2^k":
+        return torch.stack([draw(1, 1, (columns,), node=2**k)[0] for k in range(48)])
+    if axis == "stream":
+        return torch.stack([draw(1, 1, (columns,), stream=k)[0] for k in range(8)])
+    seeds = [*range(rows // 2), *(k << 57 for k in range(1, rows // 2))]
+    return torch.stack([draw(seed, 1, (columns,))[0] for seed in seeds])
+
+
+@pytest.mark.parametrize("axis", ["component", "index", "index 2^k", "node", "node 2^k", "stream", "seed"])
+def test_all_pairs_of_many_are_independent(axis):
+    """Correlations of values and of magnitudes of every two of up to 200, over 4096 numbers; level 1e-6 for all."""
+    z = rows_along(axis, 200, 4096)
+    count, n = z.shape
+    assert count >= 8
+    bound = stats.norm.isf(LEVEL / (count * (count - 1)))
+    off = ~torch.eye(count, dtype=torch.bool)
+    assert float((z @ z.T)[off].abs().max()) / math.sqrt(n) < bound
+    # a product of magnitudes has skewness 1: its mean of 4096 has that over 64, which is worth 5% of a bound of 7
+    size = (z.abs() - math.sqrt(2 / math.pi)) / math.sqrt(1 - 2 / math.pi)
+    assert float((size @ size.T)[off].abs().max()) / math.sqrt(n) < 1.05 * bound
+
+
+def test_a_million_numbers_do_not_repeat():
+    """2^20 along each of index, node and event at once; a repeat of 64 bits would be chance 3 in 10^8."""
+    read = sf.Noise(9, 64).sequence(CORRECTOR, 128, (128,), F64)
+    z = torch.stack([read(k) for k in range(128)])
+    assert z.unique().numel() == z.numel() == 1 << 20
 
 
 @pytest.mark.parametrize(
@@ -223,6 +337,129 @@ def test_odd_and_even_counts():
         z = draw(0, 5, (count,))
         assert z.shape == (5, count)
         assert z.unique().numel() == 5 * count
+
+
+# ---- memory
+
+
+def test_numbers_do_not_change_after_they_were_given():
+    """The generator makes its numbers in memory that it uses again."""
+    noise = sf.Noise(4, 50)
+    kept = [noise.normal(CORRECTOR, k, (20,), dtype) for k in range(4) for dtype in (F64, torch.float32)]
+    copies = [v.clone() for v in kept]
+    read = noise.sequence(DATA, 500, (20,), F64)
+    rows = [read(k) for k in range(500)]
+    row_copies = [v.clone() for v in rows]
+    walk = noise.walk(torch.linspace(0, 1, 38, dtype=F64), (20,), F64, areas=True)
+    for k in range(37):
+        walk(k)
+    noise.normal(PATH, 0, (3000,), F64)
+    assert all(torch.equal(a, b) for a, b in zip(kept + rows, copies + row_copies, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_more_numbers_than_a_block_are_the_same_numbers(dtype, monkeypatch):
+    whole = draw(2, 30, (100,), dtype=dtype)
+    reader = lambda: sf.Noise(2, 30).sequence(PATH, 9, (100,), dtype)  # noqa: E731
+    rows = [reader()(k) for k in range(9)]
+    for block in (1, 100, 740, 751, 5000):
+        monkeypatch.setattr(noise_module, "BLOCK", block)
+        assert torch.equal(draw(2, 30, (100,), dtype=dtype), whole)
+        read = reader()
+        assert all(torch.equal(read(k), rows[k]) for k in (0, 1, 2, 3, 8, 5, 0))
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_the_pure_function_makes_the_same_numbers(dtype):
+    """`normal_pairs`, written for compilers, against the generator, which works in place."""
+    noise = sf.Noise(8, 7)
+    words = hashed_words(torch.arange(50))
+    x, y = normal_pairs(noise._stream(PATH, 33), words[:, None, None], dtype)
+    for k in range(100):
+        assert torch.equal((x, y)[k & 1][k >> 1], noise.normal(PATH, k, (33,), dtype))
+
+
+# ---- opposite pairs, and some of a batch
+
+
+STREAMS = (PATH, PRIOR, CORRECTOR, DATA, CHURN, WEAK)
+
+
+def antithetic(batch, index=None, seed=5):
+    return sf.Noise(seed, batch, index=index, antithetic=True)
+
+
+def reads(noise, dtype=F64):
+    """Numbers of every kind that a noise gives, the batch first."""
+    out = [noise.normal(stream, 3, (2, 3), dtype) for stream in STREAMS]
+    sequence = noise.sequence(CORRECTOR, 5, (4,), dtype)
+    out += [sequence(k) for k in range(5)]
+    for areas in (False, True):
+        walk = noise.walk(torch.linspace(0, 1, 7, dtype=F64) ** 2, (3,), dtype, areas=areas)
+        out += [v for k in range(6) for v in walk(k) if v is not None]
+    return out
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
+def test_antithetic_samples_are_opposite(dtype):
+    """Samples 2j and 2j + 1 to the bit; the first of a pair is sample j of the seed alone."""
+    for z, plain in zip(reads(antithetic(10), dtype), reads(sf.Noise(5, 5), dtype), strict=True):
+        assert torch.equal(z[0::2], -z[1::2])
+        assert torch.equal(z[0::2], plain)
+        assert z.dtype == dtype
+        assert bool((z != 0).any())
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 7, -3, 2**40 + 1])
+def test_antithetic_samples_do_not_depend_on_the_batch(first):
+    low = first - first % 2 - 2
+    whole = reads(antithetic(16, low))
+    for size in (1, 4, 7):
+        rows = slice(first - low, first - low + size)
+        for z, want in zip(reads(antithetic(size, first)), whole, strict=True):
+            assert torch.equal(z, want[rows])
+    index = torch.tensor([first + 5, first, first + 1, first])
+    for z, want in zip(reads(antithetic(4, index)), whole, strict=True):
+        assert torch.equal(z, want[index - low])
+
+
+def test_antithetic_numbers_are_normal_and_pairs_independent():
+    z = antithetic(2000).normal(PATH, 0, (50,), F64)
+    assert stats.kstest(z[0::2].flatten().numpy(), "norm").pvalue > LEVEL
+    a, b = z[0:-2:2].flatten(), z[2::2].flatten()
+    for x, y in ((a, b), (a**2 - 1, (b**2 - 1) / 2)):
+        assert abs(float((x * y).mean())) < 5 / math.sqrt(a.numel())
+
+
+@pytest.mark.parametrize("make", [sf.Noise, lambda *how, **also: sf.Noise(*how, antithetic=True, **also)])
+@pytest.mark.parametrize("used", [False, True])
+def test_taking_some_of_a_batch(make, used):
+    """`take` before and after the noise was used, of a part too; the whole is left as it was."""
+    index = torch.tensor([3, 10, 11, 4, 4, 100, -7])
+    noise, want = make(2, 7, index=index), reads(make(2, 7, index=index))
+    if used:
+        reads(noise)
+    rows = torch.tensor([6, 2, 1, 1, 0])
+    part = noise.take(rows)
+    smaller = part.take(torch.tensor([4, 1]))
+    assert torch.equal(part.index, index[rows])
+    for got, few, all_ in zip(reads(part), reads(smaller), want, strict=True):
+        assert torch.equal(got, all_[rows])
+        assert torch.equal(few, all_[rows[[4, 1]]])
+    assert all(torch.equal(a, b) for a, b in zip(reads(noise), want, strict=True))
+    empty = noise.take(torch.zeros(0, dtype=torch.int64))
+    assert empty.normal(PATH, 0, (2,), F64).shape == (0, 2)
+
+
+def test_streams_of_one_noise_do_not_agree():
+    """The path, the path with areas and every other stream, 8 in all, 2^14 numbers each: no value in common."""
+    noise = sf.Noise(5, 64)
+    grid = torch.linspace(0, 1, 2, dtype=F64)
+    drawn = [noise.normal(stream, 0, (256,), F64).flatten() for stream in (*STREAMS, 4)]
+    drawn += [noise.walk(grid, (256,), F64, areas=True)(0).w.flatten()]
+    for a, b in itertools.combinations(drawn, 2):
+        assert not bool(torch.isin(a, b).any())
+        assert abs(float((a * b).mean())) < 5 / math.sqrt(a.numel())
 
 
 # ---- errors

@@ -101,7 +101,7 @@ class _LearnedRun:
         self._mean = dataclasses.replace(plan, noise=torch.zeros_like(plan.noise)).stepper(problem, x, grid, None)
         work = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
         # the path of the posterior's variance: v = 0 is DDPM() on the same seed
-        self._walk = noise.walk(grid, x.shape[1:], work, lengths=torch.diff(plan.clock))
+        self._walk = noise.walk(grid, x.shape[1:], work, lengths=plan.lengths)
         lengths = self._walk.lengths
         low, high = torch.log(plan.noise), 0.5 * torch.log(_kernel_variance(process, grid))
         # log beta-tilde of a step to sigma = 0 is clipped by leaving its noise out, as the step's z = 0
