@@ -120,7 +120,8 @@ class AdaptivePath:
         return abs(self._span) * torch.exp2(-self._level.to(torch.float64))
 
     def _clock(self) -> Tensor:
-        return self._start + self._span * self._position * torch.exp2(-self._level.to(torch.float64))
+        share = self._position.to(torch.float64) * torch.exp2(-self._level.to(torch.float64))
+        return self._start + self._span * share
 
     def _refine(self) -> None:
         """Split the nodes that are longer than the step wanted, their right halves put to wait."""

@@ -9,7 +9,6 @@ from scipy.integrate import quad
 
 import sdeflow as sf
 from sdeflow.solvers import (
-    CATALOGUE,
     DEIS,
     DPM2,
     LMS,
@@ -21,6 +20,7 @@ from sdeflow.solvers import (
     InVariable,
     UniPC,
 )  # fmt: skip
+from sdeflow.solvers.catalogue import FAMILY
 from tests.exact import F64, random_mixture, unit_increments
 from tests.test_orders import half_second_difference
 
@@ -207,7 +207,7 @@ def test_deis_and_lms():
 # ---- laws
 
 
-ON_THE_FLOW = [row for row in CATALOGUE if row.view == "transition" and row.order is not None]
+ON_THE_FLOW = [row for row in FAMILY if row.view == "transition" and row.order is not None]
 SCHEDULE_FREE = [row for row in ON_THE_FLOW if not row.name.startswith("DEIS")]  # which interpolates in the time itself
 
 
@@ -227,7 +227,7 @@ def test_one_grid_of_lam_gives_one_sample_whatever_the_schedule(row):
 
 
 # an implicit method solves systems; its float32 is tested beside it
-PLANNED = [row for row in CATALOGUE if row.order is not None and not row.name.startswith("ROS")]
+PLANNED = [row for row in FAMILY if row.order is not None and not row.name.startswith("ROS")]
 
 
 @pytest.mark.parametrize("row", PLANNED, ids=lambda r: r.name)

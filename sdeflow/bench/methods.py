@@ -64,7 +64,13 @@ class Job:
 
 
 def _of(row: Row) -> Iterable[Method]:
-    """On the flow under its own name, with noise as "NAME eta=1" (under its own name if that is all it does)."""
+    """On the flow under its own name, with noise as "NAME eta=1" (under its own name if that is all it does).
+
+    A sampler that brings its own noise runs on the flow.
+    """
+    if row.noise == ("own",):
+        yield Method(row.name, row.make, row.nfe_per_step)
+        return
     if row.order is not None:
         yield Method(row.name, row.make, row.nfe_per_step)
     if row.adaptive:

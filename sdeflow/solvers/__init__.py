@@ -1,11 +1,11 @@
-"""Solvers: construct one and pass it to `solve` or `sample`; `CATALOGUE` and `SAMPLERS` list all."""
+"""Solvers: construct one and pass it to `solve` or `sample`; `CATALOGUE` lists all."""
 
 from sdeflow.solvers.adams import Adams, AdamsBashforth, AdamsBashforthMoulton
 from sdeflow.solvers.adaptive_sde import AdaptiveSDE
 from sdeflow.solvers.ancestral import DDPM, AncestralPredictor, EulerAncestral, ReverseDiffusion
 from sdeflow.solvers.backends import Scipy, Torchdiffeq, Torchsde
 from sdeflow.solvers.base import LinearSolver, Solver
-from sdeflow.solvers.catalogue import CATALOGUE, SAMPLERS, Row, by_name
+from sdeflow.solvers.catalogue import CATALOGUE, Row, by_name
 from sdeflow.solvers.edm import EDMEuler, EDMHeun, EDMSampler
 from sdeflow.solvers.euler_maruyama import EulerMaruyama
 from sdeflow.solvers.exponential import (
@@ -64,7 +64,6 @@ __all__ = [
     "LevyMilstein",
     "AdaptiveSDE",
     "ERSDE",
-    "SAMPLERS",
     "SEEDS",
     "AncestralPredictor",
     "AnnealedLangevin",

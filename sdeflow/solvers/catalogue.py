@@ -111,7 +111,7 @@ _ADAMS = "Hairer, Norsett, Wanner 1993, Solving ODEs I, III.1"
 _SONG = "Song et al. 2021, Score-based generative modeling"
 _SEEDS = "Gonzalez et al. 2023, SEEDS, section 4"
 
-CATALOGUE: tuple[Row, ...] = (
+FAMILY: tuple[Row, ...] = (
     *(
         _runge_kutta(make)
         for make in (
@@ -203,7 +203,7 @@ CATALOGUE: tuple[Row, ...] = (
         "Song et al. 2021, Score-based generative modeling, algorithm 1", noise=("additive",),
     ),
 )  # fmt: skip
-"""Every method but those of `SAMPLERS`, in the order of the documentation's table."""
+"""The methods that read the problem's noise, with one normal a step, or take none."""
 
 SAMPLERS: tuple[Row, ...] = (
     *(
@@ -231,6 +231,9 @@ SAMPLERS: tuple[Row, ...] = (
 without it), or with several normals a step: docs/stochasticity.md, held to their orders in tests/test_diffusion_sde.py.
 """
 
+CATALOGUE: tuple[Row, ...] = FAMILY + SAMPLERS
+"""Every method, in the order of the documentation's table."""
+
 
 def by_name(name: str) -> Row:
     """The row of that name.
@@ -238,11 +241,10 @@ def by_name(name: str) -> Row:
     Raises:
         ValueError: no such method; the message lists all.
     """
-    rows = CATALOGUE + SAMPLERS
-    for row in rows:
+    for row in CATALOGUE:
         if row.name == name:
             return row
-    raise ValueError(f"unknown solver {name!r}: expected one of {', '.join(row.name for row in rows)}")
+    raise ValueError(f"unknown solver {name!r}: expected one of {', '.join(row.name for row in CATALOGUE)}")
 
 
 def markdown_table() -> str:
@@ -252,7 +254,7 @@ def markdown_table() -> str:
         "adaptive | reference |"
     )
     lines = [head, "|---|---|---|---|---|---|---|---|---|---|---|"]
-    for row in CATALOGUE + SAMPLERS:
+    for row in CATALOGUE:
         columns = (row.order, row.strong_order, row.strong_diagonal, row.strong_general, row.weak_order)
         orders = " | ".join("-" if v is None else f"{v:g}" for v in columns)
         noise = "any" if row.noise == NOISE_KINDS else ", ".join(row.noise) or "-"
