@@ -206,7 +206,7 @@ def multiply_noise(problem: SDE, g: Tensor, z: Tensor) -> Tensor:
     """G z: elementwise for diagonal noise, a matrix-vector product a sample for general noise."""
     if problem.noise == "diagonal":
         return g * z
-    return torch.matmul(g.flatten(1, -2), z.unsqueeze(-1)).reshape(g.shape[:-1])
+    return torch.matmul(g.reshape(len(g), -1, g.shape[-1]), z.unsqueeze(-1)).reshape(g.shape[:-1])
 
 
 def noise_shape(problem: SDE, x: Tensor, t: Tensor) -> tuple[int, ...]:

@@ -1609,8 +1609,6 @@ def fitting_id(v):
 @pytest.mark.parametrize("event", [(), (3,), (2, 4)], ids=str)
 @pytest.mark.parametrize(("solver", "kind"), CASES, ids=fitting_id)
 def test_shapes_and_dtypes(solver, kind, event):
-    if event == () and kind != "diagonal":
-        pytest.xfail("sde.multiply_noise flattens an event that is not there")
     x = torch.rand(5, *event, dtype=F64) + 0.2
     with torch.no_grad():
         exact = sf.solve(Turning(kind), x, solver, steps=8, seed=1).x
