@@ -310,7 +310,7 @@ def fine_path(m, steps, paths=PATHS):
 
 
 @functools.cache
-def exact_areas(m, steps=2**15):
+def exact_areas(m, steps=2**14):
     """The end of `Areas`: int W_1 dW_2 by its conditional mean on a fine grid, whose variance is 1/(20 steps)."""
     walk = sf.Noise(SEED, PATHS).walk(torch.linspace(0, 1, steps + 1, dtype=F64), (m,), F64, areas=True)
     path, integral = torch.zeros(PATHS, m, dtype=F64), torch.zeros(PATHS, dtype=F64)
@@ -810,6 +810,8 @@ SWINGS = [Swinging(), Swinging("stratonovich"), SwingingScalar()]
 @pytest.mark.parametrize("sde", SWINGS, ids=["ito", "stratonovich", "scalar"])
 @pytest.mark.parametrize("row", rows("diagonal"), ids=named)
 def test_weak_orders_for_diagonal_and_scalar_noise(row, sde):
+    if sde is SWINGS[2] and row.name not in ("Milstein", "SRIW1", "PlatenWeak2", "StochasticHeun"):
+        pytest.skip("scalar noise of one coordinate: a few")
     assert abs(weak_order(quick(row), sde) - MULTIPLICATIVE.get(row.name, 1)) < 0.2
 
 
@@ -939,12 +941,46 @@ PLANES = [Plane(), Plane("stratonovich"), PlaneDiagonal()]
 def test_weak_orders_for_noise_that_does_not_commute(row, sde):
     if row.name == "LevyMilstein" and sde is not PLANES[0]:
         pytest.skip("four normals a step: once")
-    assert abs(plane_order(quick(row), sde) - MULTIPLICATIVE.get(row.name, 1)) < 0.2
+    k = 7 if row.name == "LevyMilstein" else 9
+    assert abs(plane_order(quick(row), sde, k) - MULTIPLICATIVE.get(row.name, 1)) < 0.2
 
 
 @pytest.mark.parametrize("mixed", [True, False])
 def test_the_weak_second_order_needs_its_mixed_terms(mixed):
     assert plane_order(PlatenWithout(mixed=mixed), Plane()) < 1.4
+
+
+class Hourly(sf.SDE):
+    """General noise that depends on the time; with `clock`, the time as a third coordinate."""
+
+    noise = "general"
+
+    def __init__(self, clock=False, interpretation="ito"):
+        self.clock, self.interpretation = clock, interpretation
+
+    def drift(self, x, t):
+        t = x[:, 2] if self.clock else t
+        f = [torch.sin(x[:, 1] + t), torch.cos(2 * x[:, 0] - 3 * t)]
+        return torch.stack([*f, *[torch.ones_like(f[0])] * self.clock], -1)
+
+    def diffusion(self, x, t):
+        (a, b), t = (x[:, 0], x[:, 1]), x[:, 2] if self.clock else t
+        rows = [[0.5 + 0.2 * torch.sin(b - t), 0.4 * torch.cos(a + t)], [0.3 * torch.sin(a * t), 0.6 + 0.1 * t * b]]
+        return torch.stack([torch.stack(row, -1) for row in [*rows, *[[0 * a, 0 * a]] * self.clock]], -2)
+
+
+@pytest.mark.parametrize("interpretation", ["ito", "stratonovich"])
+@pytest.mark.parametrize("row", rows("general"), ids=named)
+def test_time_is_a_coordinate(row, interpretation):
+    """Every stage is at the time where its own method would put a clock x' = 1."""
+    x = torch.randn(7, 2, dtype=F64)
+    ends = []
+    with torch.no_grad():
+        for clock in (False, True):
+            start = torch.cat([x, torch.zeros(7, 1, dtype=F64)], 1) if clock else x
+            ends.append(sf.solve(Hourly(clock, interpretation), start, row.make(), steps=8, seed=4).x)
+    torch.testing.assert_close(ends[1][:, :2], ends[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ends[1][:, 2], torch.ones(7, dtype=F64))
 
 
 # ---- weak orders: moments of linear equations
@@ -1099,7 +1135,7 @@ QUIET = {
 }  # fmt: skip
 
 
-def quiet_orders(solver, levels=(32, 64, 128, 256, 512)):
+def quiet_orders(solver, levels=(24, 48, 96, 192, 384)):
     x = torch.tensor([1.0, 0.5], dtype=F64)
     out = []
     for f, exact in ((swinging_rate, x * math.exp(math.sin(2))), (forced, forced_end())):
@@ -1151,8 +1187,8 @@ def mean_square(solver, p, q):
 def test_skrock_is_stable_where_the_equation_is(stages, damping):
     """The mean-square domain 2 p + q^2 < 0 is covered down to p = -(2 - 4/3 damping) s^2; beyond 2 s^2 nothing is."""
     solver, end = SKROCK(stages, damping), (2 - 4 / 3 * damping) * stages**2
-    for p in np.linspace(-end, -1e-3, 60):
-        for share in (0.0, 0.5, 0.9, 0.999):
+    for p in np.linspace(-end, -1e-3, 30):
+        for share in (0.0, 0.5, 0.999):
             assert mean_square(solver, p, math.sqrt(-2 * share * p)) < 1
     assert mean_square(solver, -2.2 * stages**2, 0.0) > 1
     assert mean_square(EulerMaruyama(), -2.1, 0.0) > 1
@@ -1287,7 +1323,7 @@ START, END = 0.8, 0.05
 
 
 @functools.cache
-def reversal(paths=100):
+def reversal(paths=64):
     """(reverse of VP for a mixture, start, end by ShARK and by SRA3 on 1024 steps)."""
     process = sf.VP()
     law = sf.problems.GaussianMixture(*random_mixture(3, 2, seed=6, spread=0.5))
@@ -1386,10 +1422,10 @@ def test_a_reversal_of_general_noise_converges_to_one_end(row):
     problem = Cooling(crossed=True).reverse(made_up_score)
     x = torch.linspace(-1.5, 1.5, 60, dtype=F64)[:, None].expand(-1, 2).contiguous()
     with torch.no_grad():
-        ends = [sf.solve(problem, x, quick(row), steps=n, noise=Remembered()).x for n in (4, 64)]
-        other = sf.solve(problem, x, LevyMilstein(16), steps=64, noise=Remembered()).x
+        ends = [sf.solve(problem, x, quick(row), steps=n, noise=Remembered()).x for n in (4, 32)]
+        other = sf.solve(problem, x, LevyMilstein(16), steps=32, noise=Remembered()).x
     errors = [float((end - other).abs().mean()) for end in ends]
-    assert errors[1] < 0.02 < 0.025 < errors[0]
+    assert errors[1] < 0.025 < 0.03 < errors[0]
 
 
 # ---- refusals
