@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdeflow.brownian import DEPTH, Increment, NodeNormals, split_halves
+from sdeflow.bridge import Increment, NodeNormals
+from sdeflow.brownian import DEPTH, split_halves
 from sdeflow.noise import Noise
 from sdeflow.pid import PID
 from sdeflow.sde import SDE, noise_shape

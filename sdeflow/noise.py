@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sdeflow.brownian import Walk
+    from sdeflow.bridge import Walk
 
 PATH, PRIOR, CORRECTOR, DATA, RESTART, AREA, CHURN, WEAK = 0, 1, 2, 3, 4, 5, 6, 7
 """Streams: the driving path, the prior, Langevin correctors, draws of a problem's data, restarts, the path with its
@@ -29,13 +30,19 @@ areas, noise added back by churn, and the two-point variables of weak methods.""
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-BLOCK = 1 << 19
+BLOCK = 1 << 20
 """Numbers drawn at once for coming steps: enough to spread the cost of the ~20 kernel launches."""
+
+_NEAR = 1 << 17
+"""Pairs made in one go, so that what lies between the operations stays in a core's cache."""
+
+
+_ALL = (1 << 64) - 1
 
 
 def _signed(value: int) -> int:
     """A 64-bit pattern as the int64 that torch holds."""
-    value &= (1 << 64) - 1
+    value &= _ALL
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
@@ -53,11 +60,12 @@ def _mix(z: Tensor, work: Tensor | None = None) -> Tensor:
     return _xor_shift(z, 31, work)
 
 
-def _advance(key: Tensor, word: Tensor | int) -> Tensor:
-    """The key of the child `word` of `key`: its (word + 1)-th output."""
-    if isinstance(word, int):
-        return _mix(key + _signed((word + 1) * _GOLDEN))
-    return _mix(key + (word + 1) * _signed(_GOLDEN))
+def _mix_number(z: int) -> int:
+    """`_mix` of one number, as the 64-bit pattern."""
+    z &= _ALL
+    z = (z ^ z >> 30) * _MULTIPLIERS[0] & _ALL
+    z = (z ^ z >> 27) * _MULTIPLIERS[1] & _ALL
+    return z ^ z >> 31
 
 
 def hashed_words(nodes: Tensor) -> Tensor:
@@ -65,36 +73,44 @@ def hashed_words(nodes: Tensor) -> Tensor:
     return _mix((nodes + 1) * _signed(_GOLDEN))
 
 
+def hashed_word(node: int) -> Tensor:
+    """`hashed_words` of one node, (1,)."""
+    return torch.tensor([_signed(_mix_number((node + 1) * _GOLDEN))])
+
+
 def normal_pairs(seeds: Tensor, words: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Two independent standard normals for each of the 64-bit inputs seeds + words, which broadcast.
 
-    Box-Muller on the halves of SplitMix64's output function; float64 or float32. A pure function, for `torch.compile`,
-    which makes one kernel of it; `Noise` makes the same numbers in place.
+    Box-Muller on SplitMix64's output z: the angle is pi z/2^63 of the signed z, of which float32 keeps the upper and
+    float64 all but the lowest bits, the radius is of the lower 32 bits; float64 or float32. A pure function, for
+    `torch.compile`, which makes one kernel of it; `Noise` makes the same numbers in place.
     """
     z = seeds + words
     for bits, factor in zip((30, 27), _MULTIPLIERS, strict=True):
         z = (z ^ ((z >> bits) & ((1 << (64 - bits)) - 1))) * _signed(factor)
     z = z ^ ((z >> 31) & ((1 << 33) - 1))
-    angle = (z >> 32).to(dtype) * (2 * math.pi * 2.0**-32)
+    angle = z.to(dtype) * (math.pi * 2.0**-63)
     radius = torch.sqrt(-2.0 * torch.log(((z & 0xFFFFFFFF).to(dtype) + 0.5) * 2.0**-32))
     return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
-def _box_muller(bits: Tensor, work: Tensor, angle: Tensor, radius: Tensor, out: Tensor) -> Tensor:
-    """`out` (n, 2, *rest) from the inputs `bits` (n, *rest); the others are scratch of that shape."""
-    bits = _mix(bits, work)
-    scale = 2.0**-32
-    angle.copy_(torch.bitwise_right_shift(bits, 32, out=work)).mul_(2 * math.pi * scale)
-    radius.copy_(bits.bitwise_and_(0xFFFFFFFF)).add_(0.5).mul_(scale).log_().mul_(-2.0).sqrt_()
+def _box_muller(seeds: Tensor, words: Tensor, out: Tensor) -> None:
+    """`out` (n, 2, batch, size) from the inputs seeds (batch, size) + words (n, 1 or batch, 1)."""
+    shape, device = torch.Size((len(words), *seeds.shape)), seeds.device
+    bits, work = (SCRATCH.take(name, shape, torch.int64, device) for name in ("bits", "work"))
+    angle, radius = (SCRATCH.take(name, shape, out.dtype, device) for name in ("angle", "radius"))
+    _mix(torch.add(seeds, words, out=bits), work)
+    angle.copy_(bits).mul_(math.pi * 2.0**-63)
+    radius.copy_(bits.bitwise_and_(0xFFFFFFFF)).add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
     torch.cos(angle, out=out[:, 0]).mul_(radius)
     torch.sin(angle, out=out[:, 1]).mul_(radius)
-    return out
 
 
 class _Scratch(threading.local):
     """Memory that blocks of noise are made in, kept from one to the next: fresh pages cost more than the numbers."""
 
     def __init__(self) -> None:
+        self._free: list[Tensor] = []
         self._kept: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def take(self, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -108,6 +124,28 @@ class _Scratch(threading.local):
                 self._kept[key] = torch.empty(count, dtype=dtype, device=device)
         return self._kept[key][:count].view(shape)
 
+    def lend(self, owner: object, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory of so many numbers for as long as `owner` lives; then it is lent again."""
+        for i, memory in enumerate(self._free):
+            if memory.dtype == dtype and memory.device == device and memory.numel() >= count:
+                del self._free[i]
+                break
+        else:
+            with torch.inference_mode(False):
+                memory = torch.empty(count, dtype=dtype, device=device)
+        if count <= 4 * BLOCK:
+            weakref.finalize(owner, _give_back, self._free, memory).atexit = False
+        return memory
+
+
+def _give_back(free: list[Tensor], memory: Tensor) -> None:
+    free.append(memory)
+    if len(free) > _FREE:
+        del free[0]
+
+
+_FREE = 6
+"""Lent memory that is kept for the next to borrow: two blocks of W and two of H for one walk, and some more."""
 
 SCRATCH = _Scratch()
 
@@ -152,8 +190,9 @@ class Noise:
     def _stream(self, stream: int, size: int) -> Tensor:
         """The seeds of each component of each sample's stream, (batch, size)."""
         if (stream, size) not in self._seeds:
-            root = torch.tensor(_signed(self.seed), dtype=torch.int64, device=self.index.device)
-            keys = _advance(_advance(_mix(root), stream), self._owner)
+            # a key's child number n is its (n + 1)-th output
+            key = _mix_number(_mix_number(self.seed) + (stream + 1) * _GOLDEN)
+            keys = _mix((self._owner + 1).mul_(_signed(_GOLDEN)).add_(_signed(key)))
             counter = torch.arange(1, size + 1, device=keys.device).mul_(_signed(_GOLDEN))
             self._seeds[stream, size] = keys.unsqueeze(-1) + counter
         return self._seeds[stream, size]
@@ -168,7 +207,7 @@ class Noise:
 
     def normal(self, stream: int, node: int, event: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
         """Standard normals (batch, *event) of one node >= 0 of a stream."""
-        return self.pairs(stream, hashed_words(torch.tensor([node >> 1])), event, dtype)[0, node & 1]
+        return self.pairs(stream, hashed_word(node >> 1), event, dtype)[0, node & 1]
 
     def sequence(
         self, stream: int, nodes: int, event: tuple[int, ...] | torch.Size, dtype: torch.dtype
@@ -207,7 +246,8 @@ class Noise:
             lengths: (steps,), the variances of W where the path's own clock is not the time; `one_path`, which
                 knows only the time, ignores it. `walk.lengths` are those of the increments it gives.
         """
-        from sdeflow.brownian import GridWalk, TreeWalk
+        from sdeflow.brownian import TreeWalk
+        from sdeflow.grid_walk import GridWalk
 
         if self.one_path:
             return TreeWalk(self, times, event, dtype, areas)
@@ -229,12 +269,11 @@ class Noise:
         seeds, words = self._stream(stream, math.prod(event)), words.to(self.index.device)
         words = words[..., None, None] if words.ndim == 1 else words[..., None]
         work = torch.float64 if dtype == torch.float64 else torch.float32
-        shape, device = torch.Size((len(words), *seeds.shape)), seeds.device
-        bits = torch.add(seeds, words, out=SCRATCH.take("bits", shape, torch.int64, device))
-        angle, radius = (SCRATCH.take(name, shape, work, device) for name in ("angle", "radius"))
-        both = torch.Size((shape[0], 2, *shape[1:]))
-        out = torch.empty(both, dtype=work, device=device) if keep else SCRATCH.take("pairs", both, work, device)
-        _box_muller(bits, SCRATCH.take("work", shape, torch.int64, device), angle, radius, out)
+        both = torch.Size((len(words), 2, *seeds.shape))
+        out = words.new_empty(both, dtype=work) if keep else SCRATCH.take("pairs", both, work, seeds.device)
+        nodes = max(1, _NEAR // max(1, seeds.numel()))
+        for first in range(0, len(words), nodes):
+            _box_muller(seeds, words[first : first + nodes], out[first : first + nodes])
         if self._sign is not None:
             out.mul_(self._sign.unsqueeze(-1))
         return out.reshape(*out.shape[:-1], *event).to(dtype)

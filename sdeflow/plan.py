@@ -281,7 +281,9 @@ class Plan(LinearSolver):
     @cached_property
     def _storage(self) -> tuple[list[int], Tensor]:
         """(the slot each evaluation is stored in, the weights by slot): no more slots than are ever needed at once."""
-        rows, _history = self.weights.shape
+        rows, history = self.weights.shape
+        if history == 1:
+            return [0] * rows, self.weights
         needed = torch.nonzero(self.weights).tolist()
         last = list(range(rows))
         for row, age in needed:

@@ -28,6 +28,7 @@ class PlanRun:
         self._rows = plan._rows
         # 16-bit states are combined in float32: their 8 to 11 bits would swallow the increments
         self._work = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+        self._plain = self._work == x.dtype
         self._shift: Tensor | None = None
         if plan.shift is not None and plan.shift_weight is not None and bool((plan.shift != 0).any()):
             self._shift = plan.shift.to(dtype=self._work, device=x.device)
@@ -42,21 +43,24 @@ class PlanRun:
 
     def step(self, i: int, x: Tensor) -> Tensor:
         # a 16-bit state goes on from what was computed, not from its rounding, unless somebody changed it
-        base = self._reached if x is self._returned else x.to(self._work)
+        base = self._reached if x is self._returned else self._widen(x)
         if self._kick is not None and self._kick[i][1] != 0.0:
             ratio, std = self._kick[i]
             base = torch.add(ratio * base, self._unit(i), alpha=std)
         y = base
         for k in self._rows[i]:
-            e = self._evaluate(k, y.to(x.dtype))
+            e = self._evaluate(k, y if self._plain else y.to(x.dtype))
             self.calls += 1
             y = self._combine(k, base, e)
             if self._shift is not None:
                 y = torch.add(y, self._shift, alpha=self._shift_weight[k])
             if self._noisy[k]:
                 y = self._add_noise(k, i, y, x)
-        self._reached, self._returned = y, y.to(x.dtype)
+        self._reached, self._returned = y, y if self._plain else y.to(x.dtype)
         return self._returned
+
+    def _widen(self, x: Tensor) -> Tensor:
+        return x if self._plain else x.to(self._work)
 
 
 def _combiner(plan: Plan, x: Tensor, work: torch.dtype) -> Callable[[int, Tensor, Tensor], Tensor]:
@@ -67,7 +71,8 @@ def _combiner(plan: Plan, x: Tensor, work: torch.dtype) -> Callable[[int, Tensor
         weight = by_slot[:, 0].tolist()
 
         def single(k: int, base: Tensor, e: Tensor) -> Tensor:
-            return torch.add(base if ratio[k] == 1.0 else ratio[k] * base, e.to(work), alpha=weight[k])
+            e = e if e.dtype == work else e.to(work)
+            return torch.add(base if ratio[k] == 1.0 else ratio[k] * base, e, alpha=weight[k])
 
         return single
 
@@ -109,7 +114,10 @@ def _noise_adder(
     scale = _normalised(plan.noise, walk.lengths)
 
     def add(k: int, i: int, y: Tensor, x: Tensor) -> Tensor:
-        return torch.add(y, multiply_noise(sde, sde.diffusion(x, ts[i]), walk(i).w), alpha=scale[k])
+        g = sde.diffusion(x, ts[i])
+        if sde.noise == "diagonal" and g.dtype == y.dtype:
+            return torch.addcmul(y, g, walk(i).w, value=scale[k])
+        return torch.add(y, multiply_noise(sde, g, walk(i).w), alpha=scale[k])
 
     return add
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdeflow.brownian import Increment, Walk, join
+from sdeflow.bridge import Increment, Walk, join
 from sdeflow.noise import Noise, NoiseSource, checked_seed
 
 

@@ -219,7 +219,7 @@ def noise_shape(problem: SDE, x: Tensor, t: Tensor) -> tuple[int, ...]:
         g = torch.as_tensor(problem.diffusion(x, t))
     if problem.noise == "diagonal":
         try:
-            fits = torch.broadcast_shapes(g.shape, x.shape) == x.shape
+            fits = g.shape == x.shape or torch.broadcast_shapes(g.shape, x.shape) == x.shape
         except RuntimeError:
             fits = False
         if fits:

@@ -12,7 +12,7 @@ from scipy.integrate import solve_ivp
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 import sdeflow as sf
-from sdeflow.brownian import Increment
+from sdeflow.bridge import Increment
 
 F64 = torch.float64
 

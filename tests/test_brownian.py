@@ -18,8 +18,11 @@ import torch
 from scipy import stats
 
 import sdeflow as sf
-from sdeflow import brownian
-from sdeflow.brownian import GridWalk, Increment, NodeNormals, TreeWalk
+from sdeflow import bridge, brownian
+from sdeflow import grid_walk as grid_module
+from sdeflow.bridge import Increment, NodeNormals
+from sdeflow.brownian import TreeWalk
+from sdeflow.grid_walk import GridWalk
 from sdeflow.noise import Noise
 from sdeflow.solvers import (
     DDPM,
@@ -262,7 +265,7 @@ def test_the_joint_law_in_numbers_in_small_blocks_and_other_dtypes(areas, monkey
 
         read.lengths = walk.lengths
         check_sampled(read, areas)
-    monkeypatch.setattr(brownian, "BLOCK", 1)
+    monkeypatch.setattr(grid_module, "BLOCK", 1)
     check_sampled(grid_walk(grid_of("cubic", 100), areas, (128,), seed=4, batch=64), areas)
 
 
@@ -455,7 +458,7 @@ def test_bits_do_not_depend_on_the_block(areas, count, dtype, monkeypatch):
     make = lambda: all_of(grid_walk(grid_of("cubic", count), areas, (4,), seed=1, batch=3, dtype=dtype))  # noqa: E731
     want = make()
     for block in (1, 3, 4, 7, 16):
-        monkeypatch.setattr(brownian, "BLOCK", block * 12 * (2 if areas else 1))
+        monkeypatch.setattr(grid_module, "BLOCK", block * 12 * (2 if areas else 1))
         monkeypatch.setattr(sf.noise, "BLOCK", block * 24)
         assert torch.equal(make(), want), block
 
@@ -1197,7 +1200,7 @@ def depth():
 def test_a_long_walk_is_flat_in_memory_and_does_not_recurse(areas, count, start, monkeypatch):
     """100,000 intervals in blocks of 256: the memory it holds stays below its tables and 4 blocks; no deep stack."""
     block = 1 << 12
-    monkeypatch.setattr(brownian, "BLOCK", block)
+    monkeypatch.setattr(grid_module, "BLOCK", block)
     times = torch.linspace(start, start + 1, count + 1, dtype=F64)
     walk = Noise(0, 4).walk(times, (2 if areas else 4,), torch.float32, areas=areas)
     tables, most, total, square = held(walk), 0, 0.0, 0.0
@@ -1268,26 +1271,46 @@ def test_a_span_far_from_zero():
 # ---- controls: what these tests must catch
 
 
-def without_areas(whole, c, z1, z2, *rest, real=brownian.split):
+def without_areas(whole, c, z1, z2, *rest, real=bridge.split):
     return real(Increment(whole.w, torch.zeros_like(whole.h)), c, z1, z2, *rest)
 
 
 def changed(**places):
     """`split_coefficients` with some of them changed by functions of the named coefficients and the lengths."""
-    names = [name for name in brownian.Split._fields if name != "even"]
+    names = bridge.Split._fields
 
-    def coefficients(p, q, areas, real=brownian.split_coefficients):
-        c = dict(zip(names, real(p, q, areas), strict=True))
+    def coefficients(p, q, unit, areas, real=bridge.split_coefficients):
+        c = dict(zip(names, real(p, q, unit, areas), strict=True))
         return tuple(places[k](c, p) if k in places else c[k] for k in names)
 
     return coefficients
+
+
+def no_tables():
+    """Forget what was kept of grids: a fault planted below must be seen, and must not outlive its test."""
+    grid_module._kept_tables.cache_clear()
+    brownian._halving.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _no_planted_tables():
+    yield
+    no_tables()
+
+
+def left_share(c):
+    """q/L, from u/p and u/q."""
+    return c["rise_left"] / np.maximum(c["rise_left"] + c["rise_right"], 1e-300)
 
 
 MUTANTS = {
     "the whole's H is dropped": ("split", without_areas),
     "a bridge of W alone": (
         "split_coefficients",
-        changed(lift=lambda c, p: 0 * c["lift"], std=lambda c, p: np.sqrt(p * c["right"])),
+        changed(
+            lift=lambda c, p: 0 * c["lift"],
+            std=lambda c, p: np.sqrt(p * left_share(c)),
+        ),
     ),
     "a bridge 1% too wide": ("split_coefficients", changed(std=lambda c, p: 1.01 * c["std"])),
     "the areas' shares swapped": (
@@ -1297,9 +1320,9 @@ MUTANTS = {
     "the areas' normals of one sign": ("split_coefficients", changed(tilt_right=lambda c, p: -c["tilt_right"])),
     "the shares of W swapped": (
         "split_coefficients",
-        changed(left=lambda c, p: c["right"], right=lambda c, p: c["left"]),
+        changed(rise_left=lambda c, p: c["rise_right"], rise_right=lambda c, p: c["rise_left"]),
     ),
-    "two nodes share a number": ("hashed_words", lambda nodes, real=brownian.hashed_words: real(nodes & ~(3 << 7))),
+    "two nodes share a number": ("hashed_words", lambda nodes, real=bridge.hashed_words: real(nodes & ~(3 << 7))),
 }
 
 
@@ -1323,7 +1346,8 @@ def test_the_checks_of_the_law_can_fail(mutant, monkeypatch):
     checks += [exactly, on_the_tree]
     for check in checks:
         check()
-    monkeypatch.setattr(brownian, *MUTANTS[mutant])
+    monkeypatch.setattr(bridge, *MUTANTS[mutant])
+    no_tables()
     for check in checks[mutant == "a bridge 1% too wide" :]:
         if check is on_the_tree and mutant in ("the areas' shares swapped", "the shares of W swapped"):
             check()  # halves are equal: no fault there
@@ -1337,7 +1361,8 @@ def test_the_checks_of_conditional_laws_can_fail(monkeypatch):
     want = isometry(both(pieces))
     for mutant in ("the whole's H is dropped", "a bridge of W alone", "the areas' normals of one sign"):
         with monkeypatch.context() as patch:
-            patch.setattr(brownian, *MUTANTS[mutant])
+            patch.setattr(bridge, *MUTANTS[mutant])
+            no_tables()
             rows = rows_of_path(sf.BrownianPath(7, (128, 256)), pieces)
         with pytest.raises(AssertionError):
             check_conditional(rows, want, 2)
@@ -1347,18 +1372,20 @@ def test_the_checks_of_conditional_laws_can_fail(monkeypatch):
 def test_the_check_of_one_path_can_fail(areas, monkeypatch):
     """Node numbers swapped within a level on one of the grids: each has the right law, but they are two paths."""
     coarse, fine = (grid_of("cubic", n) for n in (20, 40))
-    words = NodeNormals.words
+    words = grid_module.node_words
 
-    def swapped(normals, levels, places):
+    def swapped(levels, places, *rest):
         levels, places = torch.as_tensor(levels), torch.as_tensor(places)
-        return words(normals, levels, torch.where((levels > 0) & (levels < 63), places ^ 4, places))
+        return words(levels, torch.where((levels > 0) & (levels < 63), places ^ 4, places), *rest)
 
     def pair():
         first = grid_walk(coarse, areas, (128,), seed=5, batch=64)
         all_of(first)
         with monkeypatch.context() as patch:
-            patch.setattr(NodeNormals, "words", swapped)
+            patch.setattr(grid_module, "node_words", swapped)
+            no_tables()
             second = grid_walk(fine, areas, (128,), seed=5, batch=64)
+        no_tables()
         return grid_walk(coarse, areas, (128,), seed=5, batch=64), second
 
     _, second = pair()

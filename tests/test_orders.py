@@ -15,7 +15,7 @@ import torch
 from scipy.integrate import quad, solve_ivp
 
 import sdeflow as sf
-from sdeflow.brownian import Increment
+from sdeflow.bridge import Increment
 from sdeflow.solvers import (
     DDIM,
     DDPM,

@@ -18,7 +18,7 @@ from scipy.integrate import solve_ivp
 from scipy.linalg import expm, solve_continuous_lyapunov
 
 import sdeflow as sf
-from sdeflow.brownian import Increment
+from sdeflow.bridge import Increment
 from sdeflow.calculus import NOISE_KINDS, noise_kind
 from sdeflow.noise import NoiseSource
 from sdeflow.solvers import (

@@ -32,6 +32,7 @@ class Terms:
         self.problem, self.kind = problem, kind
         self._drift = problem.ito_drift if form == "ito" or kind == "additive" else problem.stratonovich_drift
         self._scalar = kind == "scalar"
+        self._elementwise = self._scalar or problem.noise == "diagonal"
         self.calls = 0
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
@@ -48,6 +49,12 @@ class Terms:
     def apply(self, g: Tensor, v: Tensor) -> Tensor:
         """G v, v a vector of the noise."""
         return g * v if self._scalar else multiply_noise(self.problem, g, v)
+
+    def add(self, y: Tensor, g: Tensor, v: Tensor, value: float = 1.0) -> Tensor:
+        """y + value G v."""
+        if self._elementwise and g.dtype == y.dtype:
+            return torch.addcmul(y, g, v, value=value)
+        return torch.add(y, self.apply(g, v), alpha=value)
 
     def slope(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(G, L G) for diagonal and scalar noise: G_i d_i G_i, or (G . grad) G."""

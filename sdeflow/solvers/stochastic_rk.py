@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.calculus import NoiseKind
-from sdeflow.solvers.stochastic import H, StochasticSolver, Terms, combination, plus, root, size
+from sdeflow.solvers.stochastic import H, StochasticSolver, Terms, plus, root, size
 
 Rows = tuple[tuple[float, ...], ...]
 
@@ -73,7 +73,7 @@ SRI1W1_TABLEAU = DiagonalTableau(
     beta1=(-1, 4 / 3, 2 / 3, 0), beta2=(-1, 4 / 3, -1 / 3, 0),
     beta3=(2, -4 / 3, -2 / 3, 0), beta4=(-2, 5 / 3, -2 / 3, 1),
 )  # fmt: skip
-"""SRI1W1. Its stages X_3 = X_4 = x have no weight in x' and stand for X_1 in Y_4."""
+"""SRI1W1, as `SRIW1` has it written out. Its stages X_3 = X_4 = x have no weight in x' and stand for X_1 in Y_4."""
 
 
 def _at(t: Tensor, c: float, h: H) -> Tensor:
@@ -210,22 +210,26 @@ class SRIW1(StochasticSolver):
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """(x', f(x, t), the diffusions)."""
         assert area is not None
-        table, r, length = SRI1W1_TABLEAU, root(h), size(h)
-        f, g = terms.drift(x, t), [terms.diffusion(x, t)]
-        for a, b, c in zip(table.a1[1:], table.b1[1:], table.c1[1:], strict=True):
-            y = x
-            if terms.kind != "additive":  # else G ignores its state, and may be a matrix
-                y = plus(x, a[0] * h, f)
-                for v, stage in zip(b, g, strict=False):
-                    y = plus(y, v * r, stage)
-            g.append(terms.diffusion(y, _at(t, c, h)))
+        r, length = root(h), size(h)
+        f, g0 = terms.drift(x, t), terms.diffusion(x, t)
+        quarter = plus(x, 0.25 * h, f)
+        if terms.kind == "additive":  # G ignores its state, and may be a matrix
+            g1, g2 = terms.diffusion(x, t + 0.25 * h), terms.diffusion(x, t + h)
+            g3 = g1
+        else:
+            g1 = terms.diffusion(plus(quarter, 0.5 * r, g0), t + 0.25 * h)
+            g2 = terms.diffusion(plus(plus(x, h, f), -r, g0), t + h)
+            y = plus(plus(plus(quarter, -5 * r, g0), 3 * r, g1), 0.5 * r, g2)
+            g3 = terms.diffusion(y, t + 0.25 * h)
         i10 = torch.add(area, w, alpha=0.5)
         square = w * w
         i11 = (square - length) * (0.5 / r)
         i111 = (square - 3 * length) * w * (1 / (6 * length))
-        other = terms.drift(plus(x, 0.75 * h, f) + terms.apply(g[0], 1.5 * i10), t + 0.75 * h)
+        other = terms.drift(terms.add(plus(x, 0.75 * h, f), g0, i10, 1.5), t + 0.75 * h)
         new = plus(plus(x, h / 3, f), 2 * h / 3, other)
-        weights = ((table.beta1, w), (table.beta2, i11), (table.beta3, i10), (table.beta4, i111))
-        for beta, integral in weights:
-            new = new + terms.apply(combination(beta, g), integral)
-        return new, f, g
+        # the tableau's beta1 is d; beta2 = d - (0, 0, 1, 0) and beta3 = (1, 0, 0, 0) - d
+        d = torch.add(torch.sub(4 / 3 * g1, g0), g2, alpha=2 / 3)
+        third = torch.add(torch.add(torch.add(g3, g1, alpha=5 / 3), g0, alpha=-2), g2, alpha=-2 / 3)
+        new = terms.add(new, d, w + i11 - i10)
+        new = terms.add(terms.add(new, g0, i10), g2, i11, -1.0)
+        return terms.add(new, third, i111), f, [g0, g1, g2, g3]
