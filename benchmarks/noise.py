@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="also torch.compile (needs a C++ compiler)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.set_grad_enabled(False)  # while gradients are recorded blocks of noise take fresh memory
     numbers(arguments.compiled)
     paths()
     queries()

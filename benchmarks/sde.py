@@ -118,7 +118,7 @@ def torchsde_error(x: torch.Tensor, method: str, steps: int) -> float:
 
 def _rms(end: torch.Tensor, start: torch.Tensor, w: torch.Tensor) -> float:
     exact = start * torch.exp((MU - 0.5 * NU**2) + NU * w)
-    return float((end - exact).square().mean().sqrt())
+    return float((end - exact).detach().square().mean().sqrt())
 
 
 def main() -> None:

@@ -212,21 +212,11 @@ class Noise:
     def sequence(
         self, stream: int, nodes: int, event: tuple[int, ...] | torch.Size, dtype: torch.dtype
     ) -> Callable[[int], Tensor]:
-        """`draw(k)`, k in 0..nodes-1, the same numbers as `normal(stream, k, ...)` drawn in blocks."""
-        numbers = max(1, self.index.numel() * math.prod(event))
-        size = max(1, min((nodes + 1) // 2, BLOCK // (2 * numbers)))  # in pairs
-        start, block = -size, torch.empty(0)
+        """`draw(k)`, k in 0..nodes-1, the same numbers as `normal(stream, k, ...)` drawn in blocks.
 
-        def draw(k: int) -> Tensor:
-            nonlocal block, start
-            pair = k >> 1
-            if not start <= pair < start + size:
-                start = pair - pair % size
-                words = hashed_words(torch.arange(start, min(start + size, (nodes + 1) // 2)))
-                block = self.pairs(stream, words, event, dtype)
-            return block[pair - start, k & 1]
-
-        return draw
+        In memory that is used again after the next block, unless gradients are recorded.
+        """
+        return _Sequence(self, stream, nodes, tuple(event), dtype)
 
     def walk(
         self,
@@ -266,17 +256,54 @@ class Noise:
 
         Not `keep`: in memory that the next such call writes over.
         """
-        seeds, words = self._stream(stream, math.prod(event)), words.to(self.index.device)
-        words = words[..., None, None] if words.ndim == 1 else words[..., None]
         work = torch.float64 if dtype == torch.float64 else torch.float32
-        both = torch.Size((len(words), 2, *seeds.shape))
-        out = words.new_empty(both, dtype=work) if keep else SCRATCH.take("pairs", both, work, seeds.device)
+        shape = torch.Size((len(words), 2, self.index.numel(), math.prod(event)))
+        device = self.index.device
+        room = torch.empty(shape, dtype=work, device=device) if keep else SCRATCH.take("pairs", shape, work, device)
+        return self.write_pairs(stream, words, room).reshape(*shape[:-1], *event).to(dtype)
+
+    def write_pairs(self, stream: int, words: Tensor, room: Tensor) -> Tensor:
+        """`pairs` in the memory `room` (n, 2, batch, size), float64 or float32."""
+        seeds, words = self._stream(stream, room.shape[-1]), words.to(self.index.device)
+        words = words[..., None, None] if words.ndim == 1 else words[..., None]
         nodes = max(1, _NEAR // max(1, seeds.numel()))
         for first in range(0, len(words), nodes):
-            _box_muller(seeds, words[first : first + nodes], out[first : first + nodes])
-        if self._sign is not None:
-            out.mul_(self._sign.unsqueeze(-1))
-        return out.reshape(*out.shape[:-1], *event).to(dtype)
+            _box_muller(seeds, words[first : first + nodes], room[first : first + nodes])
+        return room if self._sign is None else room.mul_(self._sign.unsqueeze(-1))
+
+
+class _Sequence:
+    """Normals of nodes 0, 1, ... of a stream, drawn in blocks."""
+
+    def __init__(self, noise: Noise, stream: int, nodes: int, event: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._noise, self._stream, self._event, self._dtype = noise, stream, event, dtype
+        self._pairs = (nodes + 1) // 2
+        self._one = torch.Size((noise.index.numel(), math.prod(event)))
+        self._size = max(1, min(self._pairs, BLOCK // (2 * max(1, self._one.numel()))))
+        self._start, self._drawn, self._block = -self._size, 0, torch.empty(0)
+        self._lent: list[Tensor] = []
+
+    def __call__(self, k: int) -> Tensor:
+        pair = k >> 1
+        if not self._start <= pair < self._start + self._size:
+            self._start = pair - pair % self._size
+            self._draw(min(self._start + self._size, self._pairs))
+        return self._block[pair - self._start, k & 1]
+
+    def _draw(self, end: int) -> None:
+        words = hashed_words(torch.arange(self._start, end))
+        shape = torch.Size((len(words), 2, *self._one))
+        work = torch.float64 if self._dtype == torch.float64 else torch.float32
+        device = self._noise.index.device
+        if torch.is_grad_enabled():
+            room = torch.empty(shape, dtype=work, device=device)
+        else:
+            if len(self._lent) < 2:
+                self._lent.append(SCRATCH.lend(self, 2 * self._size * self._one.numel(), work, device))
+            room = self._lent[self._drawn % len(self._lent)][: shape.numel()].view(shape)
+        self._drawn += 1
+        block = self._noise.write_pairs(self._stream, words, room)
+        self._block = block.reshape(*shape[:-1], *self._event).to(self._dtype)
 
 
 class NoiseSource(ABC):
