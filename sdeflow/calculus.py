@@ -5,6 +5,7 @@ Reverse mode only: forward mode is slower in eager torch, and fails inside funct
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -33,7 +34,7 @@ def divergence(sde: SDE, x: Tensor, t: Tensor) -> Tensor:
 
     Zero without work when G does not depend on x. Diagonal noise: 2 G_i d_i G_i, by two vector-Jacobian products
     where each G_i depends on its own coordinate alone (the second verifies it), by one a coordinate otherwise.
-    General noise: one Jacobian-vector product a coordinate, sum_jk (d_j G_ik) G_jk + G_ik d_j G_jk.
+    General noise: one directional derivative a coordinate, sum_jk (d_j G_ik) G_jk + G_ik d_j G_jk.
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaf = x.detach().clone().requires_grad_() if not x.requires_grad else x
@@ -74,31 +75,42 @@ def _is_own_coordinate(square: Tensor, leaf: Tensor, own: Tensor) -> bool:
 
 
 def _general_divergence(sde: SDE, x: Tensor, t: Tensor) -> Tensor:
-    g = sde.diffusion(x, t)
+    g, push = _slopes(sde, x, t)
     matrix = g.reshape(len(g), -1, g.shape[-1])
     batch, d, _ = matrix.shape
     total = torch.zeros(batch, d, dtype=x.dtype, device=x.device)
     for j in range(d):
         direction = torch.zeros(batch, d, dtype=x.dtype, device=x.device)
         direction[:, j] = 1.0
-        slope = torch.func.jvp(lambda y: sde.diffusion(y, t), (x,), (direction.reshape(x.shape),))[1]
-        slope = slope.reshape(matrix.shape)
+        slope = push(direction.reshape(x.shape)).reshape(matrix.shape)
         total = total + (slope @ matrix[:, j].unsqueeze(-1) + matrix @ slope[:, j].unsqueeze(-1)).squeeze(-1)
     return total.reshape(x.shape)
 
 
 def along(sde: SDE, x: Tensor, t: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
     """(G, (direction . grad) G) at (x, t), of the shape of G; `direction` has that of x."""
+    g, push = _slopes(sde, x, t)
+    return g, push(direction)
+
+
+def _slopes(sde: SDE, x: Tensor, t: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """(G, push) at (x, t), push(v) = (v . grad) G: one graph for any number of directions."""
     leaf, keep = _leaf(sde, x, t)
     with torch.inference_mode(False), torch.enable_grad():
         g = sde.diffusion(leaf, _outside_inference(t))
         if not g.requires_grad or not _depends(g, leaf):
-            return g, torch.zeros_like(g)
+            return g, lambda direction: torch.zeros_like(g)
         # v -> J^T v is linear, so its own transposed product with the direction is J direction
         dual = torch.zeros_like(g, requires_grad=True)
         pulled = torch.autograd.grad(g, leaf, dual, create_graph=True)[0]
-        pushed = torch.autograd.grad(pulled, dual, direction, create_graph=keep)[0]
-    return (g, pushed) if keep else (g.detach(), pushed.detach())
+
+    def push(direction: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            direction = direction.clone() if direction.is_inference() else direction
+            pushed = torch.autograd.grad(pulled, dual, direction, create_graph=keep, retain_graph=True)[0]
+        return pushed if keep else pushed.detach()
+
+    return (g if keep else g.detach()), push
 
 
 def own_slope(sde: SDE, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

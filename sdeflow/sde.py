@@ -7,6 +7,7 @@ process runs on the same clock from t1 down, with signed steps h = t_next - t < 
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from sdeflow.reverse import ReverseSDE
     from sdeflow.solution import Solution
     from sdeflow.solvers.base import Solver
+    from sdeflow.structure import Structure
 
 Evaluator = Callable[[int, Tensor], Tensor]
 """`evaluate(k, x)`: the k-th evaluation of a plan, at the k-th of the times it was made for."""
@@ -122,13 +124,20 @@ class SDE(Problem, SdeCallable):
     - "general": `diffusion` returns (*x.shape, m) and multiplies noise of m components a sample.
 
     `interpretation` says which equation f belongs to, Ito's or Stratonovich's; everything that needs the other
-    converts. `additive` and `commutative` declare the noise where probing at the start states should not decide.
+    converts. `affine` (drift), `homogeneous` (in time), `additive` and `commutative` (noise) declare what probing
+    should not decide; None leaves it to the probes.
+    `event` is the shape of one sample where only one will do, `domain` the open interval that every component of x
+    stays in: what probes and checks of the process draw their points from.
     """
 
     noise: Literal["diagonal", "general"] = "diagonal"
     interpretation: Literal["ito", "stratonovich"] = "ito"
+    affine: bool | None = None
+    homogeneous: bool | None = None
     additive: bool | None = None
     commutative: bool | None = None
+    event: tuple[int, ...] | None = None
+    domain: tuple[float, float] = (-math.inf, math.inf)
 
     @abstractmethod
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
@@ -158,6 +167,12 @@ class SDE(Problem, SdeCallable):
             return super().evaluator(target, times)
         ts = Each(times)
         return lambda k, x: checked_shape(self.ito_drift(x, ts[k]), x, "the drift")
+
+    def structure(self, event: tuple[int, ...] | None = None) -> Structure:
+        """What this equation is: affine, additive, commutative, ...; see `sdeflow.structure.Structure`."""
+        from sdeflow.structure import structure
+
+        return structure(self, event)
 
     def scalar_diffusion(self, times: Tensor) -> Tensor | None:
         """The diffusion at `times` (n,) where it is one number for all of x, known without x; else None."""
