@@ -160,8 +160,9 @@ def noise_kind(sde: SDE, x: Tensor, t: Tensor) -> NoiseKind:
     if sde.additive or sde.scalar_diffusion(t.reshape(1)) is not None:
         return "additive"
     # 16-bit derivatives tell nothing: they are stepped in float32
-    points = _probes(x if x.dtype in (torch.float32, torch.float64) else x.float())
-    sde = sde.take(torch.arange(len(points), device=x.device) % len(x))
+    rows = _probed_rows(x)
+    points = _probes(x[rows] if x.dtype in (torch.float32, torch.float64) else x[rows].float())
+    sde = sde.take(rows.repeat(2))
     if sde.additive is None and not any(_slope_size(sde, y, t) > 0 for y in (points, points.flip(0))):
         return "additive"
     if sde.noise == "diagonal":
@@ -172,9 +173,20 @@ def noise_kind(sde: SDE, x: Tensor, t: Tensor) -> NoiseKind:
     return "commutative" if commutes else "general"
 
 
+_SANE = 1e12
+"""States beyond this are not probed if there are others: their derivatives overflow."""
+
+
+def _probed_rows(x: Tensor) -> Tensor:
+    """Up to 4 samples to probe at: one wild sample must not decide for the others."""
+    sane = (x.detach().abs() < _SANE).reshape(len(x), -1).all(1)
+    rows = torch.nonzero(sane).flatten()[:4]
+    return rows if len(rows) else torch.arange(min(4, len(x)), device=x.device)
+
+
 def _probes(x: Tensor) -> Tensor:
-    """Up to 4 of the states and as many near them; relative moves, to stay where the diffusion is defined."""
-    some = x.detach()[:4]
+    """The states and as many near them; relative moves, to stay where the diffusion is defined."""
+    some = x.detach()
     generator = torch.Generator(device="cpu").manual_seed(0)
     move = torch.randn(some.shape, generator=generator, dtype=torch.float64).to(some)
     # away from zero, where the derivative of an even G vanishes

@@ -341,6 +341,8 @@ def spliced(head: Plan, tail: Plan, steps: int) -> Plan:
     """
     if steps == 0:
         return tail
+    if steps == tail.steps:
+        return dataclasses.replace(head, name=tail.name)
     own = head.step_of_row < steps
     rest = tail.step_of_row >= steps
     first = torch.cat([torch.ones(1, dtype=torch.bool), torch.diff(head.step_of_row[own]) > 0])

@@ -55,7 +55,7 @@ class ReverseSDE(SDE):
         self.process = process
         self.model = as_model(model, process)
         self.eta = eta
-        self.noise = process.noise
+        self.noise, self.event, self.domain = process.noise, process.event, process.domain
         self.t0, self.t1 = process.t0, process.t1
         self.direction = -process.direction
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from sdeflow.calculus import NoiseKind, noise_kind
 
 if TYPE_CHECKING:
+    from sdeflow.linear import LinearSDE
     from sdeflow.sde import SDE
 
 _TOLERANCE = 1e-9
@@ -235,7 +236,17 @@ def fitted(x: Tensor, y: Tensor, degree: int) -> tuple[Tensor, float]:
     if len(x) < half + 4:
         raise ValueError(f"expected {half + 4} probes or more for degree {degree} in {x.shape[1]} variables: {len(x)}")
     row = 1 / basis[:half].abs().sum(1, keepdim=True)  # tails must not drown the middle
-    solution = torch.linalg.lstsq(basis[:half] / scale * row, y[:half] * row, driver="gelsd").solution / scale[:, None]
+    matrix, values = basis[:half] / scale * row, y[:half] * row
+    solution = torch.linalg.lstsq(matrix, values, driver="gelsd").solution
+    # what is 0 but for rounding is 0: moments would add it up
+    used = solution.abs() > _TOLERANCE * solution.abs().amax(0).clamp(min=1e-300)
+    for k in range(solution.shape[1]):
+        columns = torch.nonzero(used[:, k]).flatten()
+        solution[:, k] = 0.0
+        if len(columns):
+            part = torch.linalg.lstsq(matrix[:, columns], values[:, k : k + 1], driver="gelsd").solution
+            solution[columns, k] = part[:, 0]
+    solution = solution / scale[:, None]
     gap = (basis[half:] @ solution - y[half:]).abs()
     size = basis[half:].abs() @ solution.abs() + y[half:].abs()
     return solution, float((gap / size.clamp(min=1e-12)).max())
@@ -297,3 +308,40 @@ def _solvers(kind: NoiseKind) -> tuple[str, ...]:
     column = {"additive": "strong_order", "general": "strong_general"}.get(kind, "strong_diagonal")
     order = {row.name: getattr(row, column) or 0.0 for row in fitting}
     return tuple(sorted(order, key=lambda name: -order[name]))
+
+
+def linear_form(sde: SDE, known: Structure) -> LinearSDE:
+    """The `LinearSDE` of a process with affine drift and additive noise: its exact Gaussian kernel.
+
+    Raises:
+        ValueError: the process is not so.
+    """
+    from sdeflow.linear import LinearSDE
+
+    if not (known.affine and known.additive) or len(known.event) != 1:
+        raise ValueError(
+            f"{type(sde).__name__}: expected an affine drift, additive noise and states (batch, d), got {known}"
+        )
+    d = known.event[0]
+    states = torch.cat([torch.zeros(1, d, dtype=torch.float64), torch.eye(d, dtype=torch.float64)])
+
+    def values(t: Tensor) -> tuple[Tensor, Tensor]:
+        t = torch.as_tensor(t, dtype=torch.float64)
+        x = states.repeat(max(1, t.numel()), 1)
+        f, g = coefficients(sde, x, t.reshape(-1, 1).repeat_interleave(d + 1, 0))
+        return f.reshape(*t.shape, d + 1, d), g.reshape(*t.shape, d + 1, d, -1)[..., 0, :, :]
+
+    def matrix(t: Tensor) -> Tensor:
+        f = values(t)[0]
+        return (f[..., 1:, :] - f[..., :1, :]).mT
+
+    def offset(t: Tensor) -> Tensor:
+        return values(t)[0][..., 0, :]
+
+    def noise(t: Tensor) -> Tensor:
+        return values(t)[1]
+
+    if known.homogeneous:
+        at = torch.tensor(0.5 * (sde.t0 + sde.t1), dtype=torch.float64)
+        return LinearSDE(matrix(at), noise(at), sde.t0, sde.t1, offset=offset(at))
+    return LinearSDE(matrix, noise, sde.t0, sde.t1, offset=offset)

@@ -62,8 +62,9 @@ class Adams(LinearSolver):
             count = torch.clamp(torch.arange(steps - 1) + 1, max=self.order)
             used = torch.arange(self.order + 1) <= count[:, None]
             correct = lagrange_integrals(grid[:-2], grid[1:-1], nodes, used)
-            correct[:ready, 0] = 0.0  # steps of the start are not corrected
-            correct[:ready, 1:] = predict[:ready]
+            exact = min(ready, steps - 1)
+            correct[:exact, 0] = 0.0  # steps of the start are not corrected
+            correct[:exact, 1:] = predict[:exact]
             weights = corrected_weights(torch.ones(steps, dtype=torch.float64), predict, correct)
         multistep = Plan(
             name=self.name,

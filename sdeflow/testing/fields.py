@@ -113,10 +113,14 @@ class Terms(NamedTuple):
     size: Tensor
 
     @staticmethod
-    def of(*terms: Tensor) -> Terms:
-        """The sum of terms (n,), or (n, d) of which the largest component counts."""
+    def of(*terms: Tensor, inside: tuple[Tensor, ...] = ()) -> Terms:
+        """The sum of terms (n,), or (n, d) of which the largest component counts.
+
+        Args:
+            inside: what the terms themselves are sums of, where it cancels in them: it counts for the size only.
+        """
         total = sum(terms[1:], start=terms[0])
-        size = sum((t.abs() for t in terms[1:]), start=terms[0].abs())
+        size = sum((t.abs() for t in (*terms[1:], *inside)), start=terms[0].abs())
         if total.ndim > 1:  # a component that is small by symmetry is measured by the whole vector
             return Terms(total.abs().amax(-1), size.amax(-1))
         return Terms(total.abs(), size)

@@ -1,4 +1,4 @@
-"""Identities of processes with a Gaussian transition law x_t = Phi x_s + shift + N(0, Q): kernels and exact reversals."""
+"""Identities of Gaussian transition laws x_t = Phi x_s + shift + N(0, Q): kernels and exact reversals."""
 
 from __future__ import annotations
 
@@ -317,7 +317,7 @@ def _girsanov(sde: GaussianSDE, s: float, t: float) -> Finding:
 
     def by_kernels(n: int) -> float:
         grid = torch.linspace(t, s, n + 1, dtype=torch.float64)
-        ratio, std = sde.transition_kernel(grid[1:], grid[:-1])
+        ratio, _ = sde.transition_kernel(grid[1:], grid[:-1])
         parts = []
         for which in (0, 1):
             m0, p0 = moments(which, grid[1:])

@@ -29,7 +29,7 @@ def density_identities(at: Setting, claimed_score: Callable[[Tensor, Tensor], Te
     tolerance = TOLERANCE if how == "autograd" else 1e-8
     terms = Terms.of(rate, *(-v for v in at.forward))
     v = at.reversed(0.0).drift(at.x, at.clock)
-    flow = Terms.of(rate, divergence(v, at.x), dot(v, at.s))
+    flow = Terms.of(rate, divergence(v, at.x), dot(v, at.s), inside=at.forward)
     where, findings = {}, []
     for identity, formula, found, note in (
         (
@@ -104,12 +104,12 @@ def along_the_flow(at: Setting) -> list[Finding]:
     trip = ((back - first).abs() / (1 + first.abs())).amax(1)
     far = int(trip.argmax())
     return [
-        Finding.of("change of variables", formula, float(gap[place]), 1e-8, where),
+        Finding.of("change of variables", formula, float(gap[place]), 1e-7, where),
         Finding.of(
             "encode and decode",
             "flow(t -> s) flow(s -> t) x = x",
             float(trip[far]),
-            1e-8,
+            1e-7,
             {"x": x[far].tolist(), "t": start},
         ),
     ]

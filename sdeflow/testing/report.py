@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Verdict = Literal["pass", "fail", "not tested"]
@@ -134,12 +135,12 @@ class Report:
     def print(self, console: Console | None = None) -> None:
         """Print the facts, the table and the warnings."""
         console = console or Console()
-        console.print(f"[bold]{self.subject}[/bold]")
+        console.print(f"[bold]{escape(self.subject)}[/bold]", highlight=False)
         for name, words in self.facts.items():
-            console.print(f"  {name}: {words}", highlight=False)
+            console.print(f"  {name}: {words}", highlight=False, markup=False)
         console.print(self._table())
         for warning in self.warnings:
-            console.print(f"[yellow]warning[/yellow] {warning}", highlight=False)
+            console.print(f"[yellow]warning[/yellow] {escape(warning)}", highlight=False)
 
     def _table(self) -> Table:
         table = Table()
@@ -153,12 +154,12 @@ class Report:
         for f in self.findings:
             tested = f.verdict != "not tested"
             table.add_row(
-                f.identity,
-                f.formula,
+                escape(f.identity),
+                escape(f.formula),
                 f"{f.residual:.1e}" if tested else "",
                 f"{f.tolerance:.1e}" if tested else "",
                 f"[{colours[f.verdict]}]{f.verdict}[/]",
-                _remark(f),
+                escape(_remark(f)),
             )
         return table
 

@@ -174,7 +174,7 @@ def stratonovich_conversion(at: Setting) -> Finding:
         (at.sde.ito_drift(x, t), at.f),
         (at.sde.stratonovich_drift(x, t), at.flat.stratonovich(at.x, at.clock)),
     )
-    cases: list[tuple[Terms, dict]] = []
+    cases: list[tuple[Terms, dict]] = [(Terms.of(got.flatten(1), -want), {}) for got, want in pairs]
     return _worst(at, "Ito and Stratonovich drifts", "f_ito - f_strat = 1/2 sum_k (dG_k) G_k", cases)
 
 
@@ -245,7 +245,8 @@ def involution(at: Setting) -> Finding:
     for eta in ETAS[1:]:
         once = ReverseSDE(at.sde, at.score, eta)
         twice = Flat(ReverseSDE(once, at.score, 1 / eta), at.flat.event)
-        cases.append((Terms.of(twice.drift(at.x, at.clock), -at.f), {"eta": eta}))
+        terms = Terms.of(twice.drift(at.x, at.clock), -at.f, inside=(times(at.covariance, at.s),))
+        cases.append((terms, {"eta": eta}))
     return _worst(at, "involution", "reverse(reverse(f)) = f", cases)
 
 

@@ -1,0 +1,282 @@
+"""`check_sde`: everything derived from an SDE, identity by identity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdeflow.gaussian import GaussianSDE
+from sdeflow.linear import LinearSDE
+from sdeflow.moments import mean_and_covariance, moments
+from sdeflow.problems import GaussianMixture
+from sdeflow.reverse import ReverseSDE
+from sdeflow.sde import SDE
+from sdeflow.structure import Structure, linear_form, probe_event, probe_points, structure
+from sdeflow.testing.fields import Flat, LogDensity, trial_density
+from sdeflow.testing.fokker_planck import grid_identity
+from sdeflow.testing.gaussian_law import GaussianLaw, Kernel, kernel_identities, kernel_of, scalar_identities
+from sdeflow.testing.known_density import Line, density_identities, line_identities
+from sdeflow.testing.pitfalls import pitfalls
+from sdeflow.testing.report import Finding, Report
+from sdeflow.testing.reversal import HandWritten, Setting, reversal_identities
+
+_DECLARABLE = ("affine", "homogeneous", "additive", "commutative")
+
+
+def check_sde(
+    sde: SDE,
+    *,
+    log_density: LogDensity | None = None,
+    score: Callable[[Tensor, Tensor], Tensor] | None = None,
+    marginal: Callable[[Tensor, float], tuple[Any, Any]] | None = None,
+    reverse_drift: HandWritten | None = None,
+    flow_drift: HandWritten | None = None,
+    event: tuple[int, ...] | None = None,
+    points: int = 24,
+    seed: int = 0,
+) -> Report:
+    """A verdict on every identity that the process, and what the library derives from it, must obey.
+
+    What the class itself offers under the names of the arguments (a method `log_density`, `score`, `marginal`,
+    `reverse_drift`, `flow_drift`) is checked as if it were given here. Without a known law the reversal is checked on
+    trial densities (the identities hold for every density), by push-forwards, by exact polynomial moments and by the
+    Fokker-Planck equation on a grid; the report says which identities could not be tested.
+
+    Args:
+        log_density: log p_t(x), of x (n, *event) at t (n, 1, ..., 1), -> (n,), of the process's own law.
+        score: grad log p_t(x), as claimed; checked against log_density.
+        marginal: (mean, standard deviation) of x_t given x_0, called as (x0 (n, *event), t); the deviation broadcasts
+            against x0. Checked against the moment equations.
+        reverse_drift, flow_drift: hand-written drifts (x, t, score value) of the reverse SDE (eta = 1) and of the
+            probability flow, on the process's clock.
+        event: the shape of one sample; None as in `structure`.
+        points: how many points.
+        seed: of the points and the trial density.
+
+    Returns:
+        A `Report`; its `verify()` raises in a test.
+
+    Raises:
+        TypeError: `sde` is not an SDE.
+        ValueError: it cannot be evaluated anywhere.
+    """
+    if not isinstance(sde, SDE):
+        raise TypeError(f"expected an SDE, got {type(sde).__name__}")
+    if points < 1:
+        raise ValueError(f"expected at least 1 point, got {points}")
+    event = probe_event(sde, event)
+    known = structure(sde, event)
+    claims = _Claims(sde, event, log_density, score, marginal, reverse_drift, flow_drift)
+    x, t = _points(sde, event, points, seed)
+    flat = Flat(sde, event)
+    density = trial_density(flat.d, sde.domain, seed)
+    at = Setting(flat, x.flatten(1), t.reshape(-1, 1), density)
+    findings = [*_declared(sde, known), *_guarded("reversal", lambda: _reversal(at, claims))]
+    findings += _guarded("law", lambda: _law(sde, event, known, claims, points, seed))
+    findings += _guarded("kernel", lambda: _kernel(sde, flat, known, claims))
+    if claims.density is None and not isinstance(sde, (GaussianSDE, LinearSDE)):
+        findings += _guarded("grid", lambda: [_grid(sde, event, known)])
+    return Report(_name(sde), tuple(findings), _facts(sde, known), pitfalls(sde, known))
+
+
+class _Claims:
+    """What is claimed of a process: by the arguments, else by its own methods."""
+
+    def __init__(self, sde: SDE, event: tuple[int, ...], *given: Any) -> None:
+        names = ("log_density", "score", "marginal", "reverse_drift", "flow_drift")
+        own = {} if isinstance(sde, (GaussianSDE, LinearSDE, ReverseSDE)) else {n: getattr(sde, n, None) for n in names}
+        found = [value if value is not None else own.get(name) for name, value in zip(names, given, strict=True)]
+        self.density, self.score, self.marginal, self.reverse_drift, self.flow_drift = found
+        self.other: LogDensity | None = None
+        if self.density is None and isinstance(sde, (GaussianSDE, LinearSDE)) and len(event) == 1:
+            self.density, self.other = (_mixture_law(sde, event[0], k) for k in (0, 1))
+        elif self.density is not None and hasattr(sde, "with_start") and hasattr(sde, "start"):
+            atoms = torch.as_tensor(sde.start, dtype=torch.float64)
+            if atoms.shape[-1] == 1:
+                try:
+                    self.other = sde.with_start(_moved(atoms, sde.domain)).log_density
+                except ValueError:
+                    self.other = None
+
+
+def _moved(atoms: Tensor, domain: tuple[float, float]) -> Tensor:
+    low, high = domain
+    if math.isinf(low) and math.isinf(high):
+        return atoms + 0.3
+    return atoms * 1.2 if math.isinf(high) else low + (atoms - low) * 0.8
+
+
+def _mixture_law(sde: Any, d: int, seed: int) -> LogDensity:
+    generator = torch.Generator().manual_seed(50 + seed)
+    means = torch.randn(3, d, generator=generator, dtype=torch.float64)
+    roots = torch.eye(d, dtype=torch.float64) + 0.3 * torch.randn(3, d, d, generator=generator, dtype=torch.float64)
+    law = GaussianMixture(means, 0.3 * roots @ roots.mT, [0.3, 0.5, 0.2])
+
+    def log_density(x: Tensor, t: Tensor) -> Tensor:
+        return law.log_prob(x, sde, t)
+
+    return log_density
+
+
+def _name(sde: SDE) -> str:
+    text = repr(sde)
+    return type(sde).__name__ if text.startswith("<") else text
+
+
+def _points(sde: SDE, event: tuple[int, ...], count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Points inside the domain and, where the process says how, on the set that it lives on."""
+    x, t = probe_points(sde, event, count, tails=False, seed=seed)
+    onto = getattr(sde, "onto", None)
+    return (x if onto is None else onto(x)), t
+
+
+def _guarded(what: str, run: Callable[[], list[Finding]]) -> list[Finding]:
+    """The findings, or one that says why there are none: a user's function may fail in any way."""
+    try:
+        return run()
+    except Exception as error:  # reported, not swallowed: it is a failed identity
+        text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        return [Finding.of(f"{what}: evaluation", "runs on float64 tensors with gradients", math.inf, 0.0, {}, text)]
+
+
+def _declared(sde: SDE, known: Structure) -> list[Finding]:
+    names = [name for name in _DECLARABLE if getattr(sde, name, None) is not None]
+    if not names:
+        return []
+    probe = _Undeclared(sde)
+    probed = structure(probe, known.event)
+    findings = []
+    for name in names:
+        wrong = bool(getattr(sde, name)) != getattr(probed, name)
+        note = f"declared {name} = {getattr(sde, name)}, the probes say {getattr(probed, name)}"
+        findings.append(Finding.of(f"declared {name}", "declaration = probes", float(wrong), 0.0, {}, note))
+    return findings
+
+
+class _Undeclared(SDE):
+    """`base` with nothing declared."""
+
+    def __init__(self, base: SDE) -> None:
+        self.base, self.noise, self.interpretation = base, base.noise, base.interpretation
+        self.t0, self.t1, self.event, self.domain = base.t0, base.t1, base.event, base.domain
+
+    def drift(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.base.drift(x, t)
+
+    def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.base.diffusion(x, t)
+
+
+def _reversal(at: Setting, claims: _Claims) -> list[Finding]:
+    return reversal_identities(at, claims.reverse_drift, claims.flow_drift)
+
+
+def _law(sde: SDE, event: tuple[int, ...], known: Structure, claims: _Claims, points: int, seed: int) -> list[Finding]:
+    if claims.density is None:
+        why = "no law is known: give log_density (the reversal was tested on trial densities)"
+        return [Finding.skipped("Fokker-Planck of the law", "d_t log p = FP(f, D) p / p", why)]
+    x, t = _points(sde, event, points, seed + 1)
+    at = Setting(Flat(sde, event), x.flatten(1), t.reshape(-1, 1), claims.density)
+    findings = density_identities(at, claims.score)
+    if event == (1,) or (known.own_coordinate and _accepts_line(sde)):
+        x, t = _points(sde, (1,), points, seed + 2)
+        density, other = claims.density, claims.other
+        if isinstance(sde, (GaussianSDE, LinearSDE)) and event != (1,):
+            density, other = (_mixture_law(sde, 1, k) for k in (0, 1))
+        elif event != (1,):
+            return findings
+        line = Setting(Flat(sde, (1,)), x, t.reshape(-1, 1), density)
+        findings += line_identities(line, other)
+        if known.polynomial:
+            findings.append(_line_moments(sde, known, line))
+    return findings
+
+
+def _line_moments(sde: SDE, known: Structure, line: Setting) -> Finding:
+    """Moments of the density at two times against the moment equations between them."""
+    length = sde.t1 - sde.t0
+    s, t = sde.t0 + 0.4 * length, sde.t0 + 0.8 * length
+    panels = Line(line.flat, line.density, [s, t])
+    own = structure(sde, (1,))
+    basis, columns = moments(sde, panels.x, t, s=s, degree=2, structure=own)
+    worst = 0.0
+    for k in range(1, len(basis)):
+        want, got = panels.mean(columns[:, k], s), panels.mean(panels.x[:, 0] ** k, t)
+        worst = max(worst, abs(got - want) / (1 + abs(want)))
+    formula = "E[x_t^k] = E[(exp(L (t - s)) x^k)(x_s)], k = 1, 2"
+    return Finding.of("moments of the law", formula, worst, 1e-7, {"s": s, "t": t})
+
+
+def _accepts_line(sde: SDE) -> bool:
+    try:
+        structure(sde, (1,))
+    except Exception:  # any failure of a user's function on this shape means no
+        return False
+    return True
+
+
+def _kernel(sde: SDE, flat: Flat, known: Structure, claims: _Claims) -> list[Finding]:
+    findings = []
+    kernel: Kernel | None = kernel_of(sde, flat.event)
+    if kernel is None and known.affine and known.additive and len(flat.event) == 1:
+        kernel = kernel_of(linear_form(sde, known), flat.event)
+    if kernel is not None:
+        findings += kernel_identities(GaussianLaw(flat, kernel))
+    if isinstance(sde, GaussianSDE):
+        findings += scalar_identities(sde)
+    if known.polynomial and (claims.marginal is not None or kernel is not None):
+        findings.append(_marginal(sde, flat, known, claims.marginal, kernel))
+    elif claims.marginal is not None:
+        why = "the moments of this process obey no closed equations"
+        findings.append(Finding.skipped("claimed marginal", "mean and deviation = moment equations", why))
+    elif known.polynomial:
+        findings.append(Finding.skipped("claimed marginal", "mean and deviation = moment equations", "none is claimed"))
+    return findings
+
+
+def _marginal(
+    sde: SDE, flat: Flat, known: Structure, marginal: Callable[..., Any] | None, kernel: Kernel | None
+) -> Finding:
+    t = sde.t0 + 0.7 * (sde.t1 - sde.t0)
+    x0, _ = probe_points(sde, flat.event, 4, tails=False, seed=9)
+    mean, covariance = mean_and_covariance(*moments(sde, x0, t, structure=known))
+    if marginal is not None:
+        claimed, std = (torch.as_tensor(v, dtype=torch.float64) for v in marginal(x0, t))
+        claimed = claimed.expand(x0.shape).flatten(1)
+        spread = torch.diag_embed(std.expand(x0.shape).flatten(1) ** 2)
+        name, formula = "claimed marginal", "mean and deviation of x_t given x_0 = moment equations"
+    else:
+        assert kernel is not None
+        phi, shift, q = kernel(sde.t0, t)
+        claimed, spread = x0.flatten(1) @ phi.T + shift, q.expand(len(x0), *q.shape)
+        name, formula = "kernel and moments", "Phi x_0 + shift, Q = moment equations of the generator"
+    gaps = torch.stack([
+        (claimed - mean).abs().amax(1) / (1 + mean.abs().amax(1)),
+        (spread - covariance).abs().amax((1, 2)) / (1e-12 + covariance.abs().amax((1, 2))),
+    ]).amax(0)  # fmt: skip
+    place = int(gaps.argmax())
+    where = {"x0": x0[place].flatten().tolist(), "t": t}
+    note = "a standard deviation for a variance? sub-VP has sigma = 1 - alpha^2, not its root"
+    return Finding.of(name, formula, float(gaps[place]), 1e-7, where, note)
+
+
+def _grid(sde: SDE, event: tuple[int, ...], known: Structure) -> Finding:
+    if known.own_coordinate and event != (1,) and _accepts_line(sde):
+        own = structure(sde, (1,))
+        return grid_identity(sde, (1,), own.homogeneous and sde.interpretation == "ito")
+    return grid_identity(sde, event, known.homogeneous and sde.interpretation == "ito")
+
+
+def _facts(sde: SDE, known: Structure) -> dict[str, str]:
+    """The structure and what the reversal consists of, in words."""
+    extra = "" if known.additive else "div D (the diffusion depends on x), "
+    convert = "" if sde.interpretation == "ito" else " + 1/2 sum_k (dG_k) G_k, from the Stratonovich drift,"
+    return {
+        **known.words(),
+        "reverse SDE": f"drift f{convert} less {extra}D times the score; diffusion G",
+        "probability flow": f"drift f{convert} less half of {extra}D times the score; no noise",
+    }
