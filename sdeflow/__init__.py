@@ -2,25 +2,34 @@
 
 from importlib.metadata import version as _version
 
-from sdeflow import bench, grids, losses, metrics, nets, problems, solvers
+from sdeflow import bench, grids, losses, metrics, nets, problems, solvers, testing
 from sdeflow.brownian import BrownianPath
 from sdeflow.checkpoints import load_model, save_model
 from sdeflow.gaussian import GaussianSDE
+from sdeflow.known import GBM, RotationGBM, SigmoidOU, SinhOU, Student
+from sdeflow.linear import CLD, LinearSDE
 from sdeflow.model import Model
+from sdeflow.moments import moments
 from sdeflow.noise import Antithetic, Noise, SamePath
 from sdeflow.plan import Plan
 from sdeflow.processes import EDM, VE, VP, CosineVP, DiscreteVP, RectifiedFlow, SubVP
+from sdeflow.pushforward import Pushforward
 from sdeflow.recorded import RecordedPath
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sampling import sample
 from sdeflow.sde import ODE, SDE
 from sdeflow.solution import Solution, SolveError, State, Stats, Status
 from sdeflow.solve import iterate, solve
+from sdeflow.special import CIR, Jacobi, Sphere, SquaredBessel
+from sdeflow.structure import Structure
 
 __version__ = _version("sdeflow")
 
 __all__ = [
+    "CIR",
+    "CLD",
     "EDM",
+    "GBM",
     "ODE",
     "SDE",
     "VE",
@@ -32,15 +41,25 @@ __all__ = [
     "CosineVP",
     "DiscreteVP",
     "GaussianSDE",
+    "LinearSDE",
+    "Jacobi",
     "Model",
     "Noise",
     "Plan",
+    "Pushforward",
     "RectifiedFlow",
     "ReverseSDE",
+    "SinhOU",
+    "SigmoidOU",
+    "RotationGBM",
     "Solution",
     "SolveError",
+    "SquaredBessel",
+    "Sphere",
     "State",
     "Stats",
+    "Student",
+    "Structure",
     "Status",
     "SubVP",
     "bench",
@@ -49,10 +68,12 @@ __all__ = [
     "load_model",
     "losses",
     "metrics",
+    "moments",
     "nets",
     "problems",
     "sample",
     "save_model",
     "solve",
     "solvers",
+    "testing",
 ]

@@ -23,6 +23,7 @@ except ImportError as error:
     raise SystemExit(f'the command line needs its extra: pip install "sdeflow[cli]" ({error})') from error
 
 from sdeflow.bench.cli import bench_command, report_command
+from sdeflow.testing.cli import check_command
 
 app = typer.Typer(
     help="SDE and ODE solvers with a diffusion front end.",
@@ -93,4 +94,7 @@ def solvers_command(
 app.command("bench", epilog="Example: sdeflow bench --suite quick --out results/quick")(bench_command)
 app.command("report", epilog="Example: sdeflow report a/results.jsonl b/results.jsonl --out compared.html")(
     report_command
+)
+app.command("check", epilog="Example: sdeflow check my_process.py:DoubleWell --emit-tests tests/test_my_process.py")(
+    check_command
 )

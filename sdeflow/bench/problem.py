@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +14,7 @@ from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model
 from sdeflow.noise import PATH, Noise
 from sdeflow.sde import Problem as Equation
+from sdeflow.user_code import find
 
 Draw = Callable[[int, int], Tensor]
 """`draw(n, seed)`: n independent samples (n, *shape)."""
@@ -141,42 +137,10 @@ def as_problem(value: Any, name: str) -> Problem:
 
 
 def load(where: str) -> Problem:
-    """The problem NAME of a Python file, from "FILE.py:NAME". Runs the file.
+    """The problem NAME of a Python file or module, from "FILE.py:NAME" or "module:NAME". Runs that code.
 
     Raises:
         ValueError: not of that form, no such file, no such name, or the file raises.
         TypeError: the name is no problem.
     """
-    file, _, name = where.rpartition(":")
-    if not file or not name.isidentifier():
-        raise ValueError(f"expected FILE.py:NAME, got {where!r}")
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"no such file: {file}")
-    module = _execute(path)
-    if not hasattr(module, name):
-        found = [n for n, v in vars(module).items() if isinstance(v, Problem)]
-        hint = f"; it has the problems {', '.join(found)}" if found else "; it defines no sf.bench.Problem"
-        raise ValueError(f"{file} defines no {name}{hint}")
-    return as_problem(getattr(module, name), name)
-
-
-def _execute(path: Path) -> ModuleType:
-    """The module of a file, run with its own folder importable, as `python FILE` would."""
-    spec = importlib.util.spec_from_file_location(f"sdeflow_user_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"expected a Python file, got {path}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        at = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(path.name)]
-        line = at[-1] if at else getattr(error, "lineno", None)
-        where = f"{path}, line {line}" if line else f"{path}"
-        raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(folder)
-    return module
+    return as_problem(find(where, Problem), where.rpartition(":")[2])

@@ -18,27 +18,13 @@ from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import PREDICTIONS, Model, as_model
 from sdeflow.sde import SDE
 from sdeflow.testing.report import Finding, Report
+from sdeflow.testing.worst import Worst
 
 F64 = torch.float64
 LIMIT = 5.5
 """Standard errors of what is a mean over samples: two-sided 4e-8 a component."""
 LogDensity = Callable[[Tensor, float], Tensor]
 """`log_density(x, t)`: log p_t at states (batch, *event), (batch,), differentiable in x."""
-
-
-class _Worst:
-    def __init__(self) -> None:
-        self.residual, self.where = -math.inf, {}  # type: float, dict[str, Any]
-
-    def add(self, residual: float, **where: Any) -> None:
-        residual = math.inf if math.isnan(residual) else residual
-        if residual > self.residual:
-            self.residual, self.where = residual, where
-
-    def finding(self, identity: str, formula: str, tolerance: float, note: str, none: str = "") -> Finding:
-        if self.residual == -math.inf:
-            return Finding.skipped(identity, formula, none)
-        return Finding.of(identity, formula, self.residual, tolerance, self.where, note)
 
 
 class _Subject:
@@ -118,7 +104,7 @@ def _conversions(subject: _Subject) -> list[Finding]:
     if not isinstance(process, GaussianSDE):
         why = "the process has no alpha and sigma: its model is a score"
         return [Finding.skipped(name, formula, why) for name, formula in formulas.items()]
-    worst = {name: _Worst() for name in formulas}
+    worst = {name: Worst() for name in formulas}
     for t in subject.times:
         x = subject.x(t)
         read = {name: subject.at(x, t, name).to(F64) for name in PREDICTIONS}
@@ -146,7 +132,7 @@ def _conversions(subject: _Subject) -> list[Finding]:
 
 def _contract(subject: _Subject) -> list[Finding]:
     """Shapes, dtypes, times, batches and calls."""
-    kept, single, times, batch, untouched, calls = (_Worst() for _ in range(6))
+    kept, single, times, batch, untouched, calls = (Worst() for _ in range(6))
     model, count = subject.model, subject.rows
     for t in subject.times:
         x = subject.x(t)
@@ -201,7 +187,7 @@ def _parts(count: int) -> list[tuple[str, Tensor]]:
 
 def _ends(subject: _Subject) -> list[Finding]:
     """Finite near both ends; and where noise is all there is, its score."""
-    finite, noise = _Worst(), _Worst()
+    finite, noise = Worst(), Worst()
     process = subject.process
     span = process.t1 - process.t0
     for t in (process.t_min, process.t_min + 1e-3 * span, process.t1 - 1e-3 * span):
@@ -227,7 +213,7 @@ def _conditions(subject: _Subject) -> Finding:
     model = subject.model
     if not model.conditions:
         return Finding.skipped(identity, formula, "the model has no conditions bound")
-    worst = _Worst()
+    worst = Worst()
     rows = torch.arange(subject.rows - 1, -1, -2)
     for t in subject.times:
         x = subject.x(t)
@@ -245,7 +231,7 @@ def _gradient_field(subject: _Subject, exact: bool, seed: int) -> tuple[Finding,
     """(the finding, a warning): u.J v = v.J u by two vector-Jacobian products a pair of directions."""
     identity, formula = "gradient field", "|u.J v - v.J u| / (|J^T u| |v| + |J^T v| |u|), J = ds/dx"
     note = "no gradient of a density: noise that is not reversed exactly; trained networks are off by some per cent"
-    worst, generator = _Worst(), torch.Generator().manual_seed(seed)
+    worst, generator = Worst(), torch.Generator().manual_seed(seed)
     if math.prod(subject.event) == 1:
         return Finding.skipped(identity, formula, "every score of one component is a gradient"), None
     for t in subject.times:
@@ -274,7 +260,7 @@ def _density(subject: _Subject, log_density: LogDensity | None) -> Finding:
     identity, formula = "score of the density", "s = grad log p_t, relative to the largest"
     if log_density is None:
         return Finding.skipped(identity, formula, "no log_density is given")
-    worst = _Worst()
+    worst = Worst()
     for t in subject.times:
         leaf = subject.x(t).to(F64).requires_grad_()
         (want,) = torch.autograd.grad(log_density(leaf, t).sum(), leaf)
@@ -293,7 +279,7 @@ def _stein(subject: _Subject, samples: Tensor | None, seed: int) -> Finding:
         return Finding.skipped(identity, formula, "only a GaussianSDE noises samples to a time in one step")
     if tuple(samples.shape[1:]) != subject.event or samples.shape[0] < 100:
         raise ValueError(f"expected at least 100 samples of shape {subject.event}, got {tuple(samples.shape)}")
-    worst, generator = _Worst(), torch.Generator().manual_seed(seed)
+    worst, generator = Worst(), torch.Generator().manual_seed(seed)
     data = samples.to(F64)
     for t in subject.times:
         eps = torch.randn(data.shape, dtype=F64, generator=generator)

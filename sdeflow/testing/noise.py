@@ -19,6 +19,7 @@ from torch import Tensor
 from sdeflow.bridge import Increment
 from sdeflow.noise import AREA, PATH, PRIOR, Antithetic, Noise, NoiseSource, Seeded
 from sdeflow.testing.report import Finding, Report
+from sdeflow.testing.worst import Worst
 
 F64 = torch.float64
 LIMIT = 5.5
@@ -147,27 +148,12 @@ def _dependence(a: Tensor, b: Tensor) -> float:
     return max(abs(float((a * b).mean())) * n, abs(float(((a**2 - 1) * (b**2 - 1)).mean())) / 2 * n)
 
 
-class _Worst:
-    def __init__(self) -> None:
-        self.residual, self.where = -math.inf, {}  # type: float, dict[str, Any]
-
-    def add(self, residual: float, **where: Any) -> None:
-        residual = math.inf if math.isnan(residual) else residual
-        if residual > self.residual:
-            self.residual, self.where = residual, where
-
-    def finding(self, identity: str, formula: str, tolerance: float, note: str, none: str = "") -> Finding:
-        if self.residual == -math.inf:
-            return Finding.skipped(identity, formula, none)
-        return Finding.of(identity, formula, self.residual, tolerance, self.where, note)
-
-
 # ---- identities
 
 
 def _law(numbers: dict[str, Tensor]) -> list[Finding]:
-    worst = {name: _Worst() for name in ("mean", "variance", "skewness", "kurtosis")}
-    shape = _Worst()
+    worst = {name: Worst() for name in ("mean", "variance", "skewness", "kurtosis")}
+    shape = Worst()
     for what, z in numbers.items():
         for name, score in _scores(z).items():
             worst[name].add(score, of=what, numbers=z.numel())
@@ -186,7 +172,7 @@ def _law(numbers: dict[str, Tensor]) -> list[Finding]:
 
 
 def _independence(numbers: dict[str, Tensor], other: dict[str, Tensor] | None) -> list[Finding]:
-    samples, nodes, parts, seeds, areas = (_Worst() for _ in range(5))
+    samples, nodes, parts, seeds, areas = (Worst() for _ in range(5))
     for what, z in numbers.items():
         for lag in (1, 2, 3):
             samples.add(_dependence(z[:, lag:], z[:, :-lag]), of=what, lag=lag)
@@ -226,7 +212,7 @@ def _gathered(w: Tensor, h: Tensor | None, lengths: Tensor, ends: list[int]) -> 
 
 def _one_path(noise: Noise) -> list[Finding]:
     """Coarse increments from fine ones: on any times for one path, on halved intervals otherwise."""
-    additive, chen = _Worst(), _Worst()
+    additive, chen = Worst(), Worst()
     halved = torch.sort(torch.cat([_UNEVEN, 0.5 * (_UNEVEN[1:] + _UNEVEN[:-1])])).values
     cases = [("halves", _UNEVEN, halved, list(range(0, 11, 2)))]
     cases.append(("three in six", torch.linspace(0, 1, 4, dtype=F64), torch.linspace(0, 1, 7, dtype=F64), [0, 2, 4, 6]))
@@ -254,7 +240,7 @@ def _one_path(noise: Noise) -> list[Finding]:
 
 def _ownership(source: NoiseSource, samples: int) -> list[Finding]:
     """That a sample's numbers are its own, whatever is asked beside and before them."""
-    bits, order, single, replay = _Worst(), _Worst(), _Worst(), _Worst()
+    bits, order, single, replay = Worst(), Worst(), Worst(), Worst()
 
     def draws(batch: int, index: int | Tensor | None, dtype: torch.dtype = F64) -> dict[str, Tensor]:
         noise = source.bind(batch, index, "cpu")
@@ -301,7 +287,7 @@ def _opposite(source: NoiseSource, noise: Noise) -> Finding:
     identity, formula = "antithetic pairs", "z(2j) + z(2j + 1) = 0 (largest)"
     if not isinstance(source, Antithetic):
         return Finding.skipped(identity, formula, "the source is not Antithetic")
-    worst = _Worst()
+    worst = Worst()
     for name, grid, areas in (("W", _GRID, False), ("W and H", _UNEVEN, True)):
         w, h, _ = _path(noise, grid, areas=areas)
         z = w if h is None else torch.cat([w, h])

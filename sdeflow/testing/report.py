@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -138,28 +139,29 @@ class Report:
         console.print(f"[bold]{escape(self.subject)}[/bold]", highlight=False)
         for name, words in self.facts.items():
             console.print(f"  {name}: {words}", highlight=False, markup=False)
-        console.print(self._table())
+        console.print(self._table(formulas=console.width >= _WIDE))
+        for f in self.findings:
+            if f.verdict != "pass":
+                console.print(f"{_MARKS[f.verdict]} {escape(f.identity)}: {escape(_remark(f))}", highlight=False)
         for warning in self.warnings:
             console.print(f"[yellow]warning[/yellow] {escape(warning)}", highlight=False)
 
-    def _table(self) -> Table:
-        table = Table()
-        for name in ("identity", "formula"):
-            table.add_column(name)
+    def _table(self, formulas: bool) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("identity", no_wrap=True)
+        if formulas:
+            table.add_column("formula")
         for name in ("residual", "tolerance"):
             table.add_column(name, justify="right")
-        for name in ("verdict", "worst at, or why"):
-            table.add_column(name)
-        colours = {"pass": "green", "fail": "red", "not tested": "dim"}
+        table.add_column("verdict")
         for f in self.findings:
             tested = f.verdict != "not tested"
             table.add_row(
                 escape(f.identity),
-                escape(f.formula),
+                *([escape(f.formula)] if formulas else []),
                 f"{f.residual:.1e}" if tested else "",
                 f"{f.tolerance:.1e}" if tested else "",
-                f"[{colours[f.verdict]}]{f.verdict}[/]",
-                escape(_remark(f)),
+                _MARKS[f.verdict],
             )
         return table
 
@@ -170,8 +172,15 @@ class Report:
         return captured.get()
 
 
+_WIDE = 110
+"""Columns of a terminal from which the formulas are shown beside the verdicts."""
+_MARKS = {"pass": "[green]pass[/green]", "fail": "[red]fail[/red]", "not tested": "[dim]not tested[/dim]"}
+
+
 def _remark(f: Finding) -> str:
-    parts = [_place(f.where) if f.verdict == "fail" else "", f.note if f.verdict != "pass" else ""]
+    if f.verdict == "not tested":
+        return f.note
+    parts = [f.formula, f"residual {f.residual:.1e} at {_place(f.where)}" if f.where else "", f.note]
     return "; ".join(part for part in parts if part)
 
 

@@ -273,10 +273,13 @@ def _grid(sde: SDE, event: tuple[int, ...], known: Structure) -> Finding:
 
 def _facts(sde: SDE, known: Structure) -> dict[str, str]:
     """The structure and what the reversal consists of, in words."""
-    extra = "" if known.additive else "div D (the diffusion depends on x), "
-    convert = "" if sde.interpretation == "ito" else " + 1/2 sum_k (dG_k) G_k, from the Stratonovich drift,"
+    own = "f" if sde.interpretation == "ito" else "f + c"
+    why = ["c = 1/2 sum_k (dG_k) G_k, from the Stratonovich drift"] if own != "f" else []
+    why += [] if known.additive else ["div D is there because the diffusion depends on x"]
+    note = f"; {'; '.join(why)}" if why else ""
+    part = "D s" if known.additive else "(div D + D s)"
     return {
         **known.words(),
-        "reverse SDE": f"drift f{convert} less {extra}D times the score; diffusion G",
-        "probability flow": f"drift f{convert} less half of {extra}D times the score; no noise",
+        "reverse SDE": f"drift {own} - {part}, noise G (s the score, D = G G^T){note}",
+        "probability flow": f"drift {own} - 1/2 {part}",
     }

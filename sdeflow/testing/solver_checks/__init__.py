@@ -1,0 +1,1 @@
+"""What `check_solver` holds a solver to: one module a group of identities, and what they share."""
