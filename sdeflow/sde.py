@@ -21,6 +21,7 @@ from sdeflow.interop import OdeCallable, SdeCallable
 from sdeflow.times import Each
 
 if TYPE_CHECKING:
+    from sdeflow.linear import LinearSDE
     from sdeflow.model import Model
     from sdeflow.reverse import ReverseSDE
     from sdeflow.solution import Solution
@@ -173,6 +174,16 @@ class SDE(Problem, SdeCallable):
         from sdeflow.structure import structure
 
         return structure(self, event)
+
+    def linear(self, event: tuple[int, ...] | None = None) -> LinearSDE:
+        """This equation as a `LinearSDE`, with its exact Gaussian kernels, read off from its values.
+
+        Raises:
+            ValueError: the drift is not affine, or the noise not additive, or states are not (batch, d).
+        """
+        from sdeflow.structure import linear_form
+
+        return linear_form(self, self.structure(event))
 
     def scalar_diffusion(self, times: Tensor) -> Tensor | None:
         """The diffusion at `times` (n,) where it is one number for all of x, known without x; else None."""

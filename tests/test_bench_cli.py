@@ -66,7 +66,7 @@ def test_a_users_file_is_benchmarked_twice(user_file, tmp_path):
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("mine.py:absent", "defines no absent; it has the problems problem"),
+        ("mine.py:absent", "defines no absent; it has problem"),
         ("mine.py:model", r"model is an sf.Model, which does not know the shape of a sample"),
         ("mine.py:wrong", r"expected wrong\(\) to return an sf.bench.Problem, got int"),
         ("mine.py:torch", "expected torch to be an sf.bench.Problem"),

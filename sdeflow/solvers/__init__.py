@@ -21,6 +21,7 @@ from sdeflow.solvers.exponential_rk import ExponentialRK
 from sdeflow.solvers.gaussian_split import GaussianSplit, estimate_split
 from sdeflow.solvers.in_variable import InVariable
 from sdeflow.solvers.langevin import AnnealedLangevin, Langevin, PredictorCorrector
+from sdeflow.solvers.linear_exponential import LinearExponential
 from sdeflow.solvers.milstein import LevyMilstein, Milstein
 from sdeflow.solvers.named import DPM2, ERSDE, IPNDM, LMS, PNDM, RhoRK, SASolver, StraightABM
 from sdeflow.solvers.own_eta import NoiseScale, OwnEta, Window
@@ -104,6 +105,7 @@ __all__ = [
     "Heun",
     "InVariable",
     "Langevin",
+    "LinearExponential",
     "LinearSolver",
     "Midpoint",
     "PredictorCorrector",
