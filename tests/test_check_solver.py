@@ -20,6 +20,7 @@ from sdeflow.solvers import (
     DDPM,
     RK4,
     SRIW1,
+    Adams,
     AdamsBashforth,
     DPMSolverPP,
     EulerMaruyama,
@@ -374,6 +375,17 @@ def test_a_given_problem_is_added():
     law = sf.problems.Gaussian([0.5, 0.1], [0.2, 0.4])
     reverse = sf.VP().reverse(law.model(sf.VP()), 1.0)
     assert check_solver(DPMSolverPP(2), problem=reverse)["replay"].verdict == "pass"
+
+
+@pytest.mark.parametrize("corrector", [False, True])
+@pytest.mark.parametrize(("order", "steps"), [(p, n) for p in (2, 3, 4, 5) for n in range(1, p)])
+def test_grids_shorter_than_the_start_are_all_start(order, steps, corrector):
+    x = torch.tensor([[0.5, 0.2], [1.0, -1.0]], dtype=F64)
+    grid = torch.linspace(0, 1, steps + 1, dtype=F64) ** 1.3
+    method = Adams(order, corrector=corrector, start="runge-kutta")
+    runs = [sf.solve(Pendulum(), x, solver, grid=grid) for solver in (method, RK4())]
+    assert torch.equal(runs[0].x, runs[1].x)
+    assert runs[0].stats.nfe == runs[1].stats.nfe == 4 * steps
 
 
 def test_another_seed_is_another_path():
