@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model
-from sdeflow.nets import MLP
+from sdeflow.nets import MLP, EDMPreconditioned, UNet
 from sdeflow.processes import EDM, VE, VP, CosineVP, DiscreteVP, RectifiedFlow, SubVP
 
-NETS: tuple[type[MLP], ...] = (MLP,)
+NETS: tuple[type[MLP] | type[UNet] | type[EDMPreconditioned], ...] = (MLP, UNet, EDMPreconditioned)
 """Networks that a checkpoint can hold: each has `shape`, and `config`, its constructor's arguments."""
 
 PROCESSES: tuple[type[GaussianSDE], ...] = (VP, SubVP, VE, CosineVP, EDM, RectifiedFlow, DiscreteVP)

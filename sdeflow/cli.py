@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
 import torch
 
 from sdeflow.checkpoints import save_model, write_atomically
-from sdeflow.data import DATASETS
+from sdeflow.data import DATASETS, load
 from sdeflow.solvers import CATALOGUE
 from sdeflow.training import train, untrained
 
@@ -40,35 +41,66 @@ def main() -> None:
 
 @app.command("train", epilog="Example: sdeflow train digits --out runs/digits")
 def train_command(
-    data: Annotated[str, typer.Argument(help=f"What to train on: {', '.join(DATASETS)}.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help=f"What to train on: {', '.join(DATASETS)}, an array file (.npy, .npz, .safetensors) or a folder of "
+            "images."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for model.safetensors and train.jsonl.", file_okay=False)],
     steps: Annotated[int, typer.Option(help="Number of batches.", min=1)] = 8_000,
     batch: Annotated[int, typer.Option(help="Samples a batch.", min=1)] = 256,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Of the first weights, the batches, times and noise.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads; one is best for the small default network.", min=1)] = 1,
+    labels: Annotated[bool, typer.Option("--labels", help="Train on the data's labels too, for guidance.")] = False,
+    net: Annotated[str, typer.Option(help="mlp, or unet for images.")] = "mlp",
+    width: Annotated[int | None, typer.Option(help="Of the network; its default unless given.", min=8)] = None,
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16 (autocast).")] = "float32",
+    save_every: Annotated[int, typer.Option(help="Steps between states kept for going on.", min=1)] = 500,
 ) -> None:
     """Train a small network on DATA and write it to the folder OUT.
 
-    The same command on the same machine gives the same weights.
+    The same command on the same machine gives the same weights, also if it was broken off and given again: it goes on
+    from OUT/run.safetensors. Under torchrun each process takes its share of every batch.
     """
-    if data not in DATASETS:
-        raise typer.BadParameter(f"unknown data {data!r}: expected one of {', '.join(DATASETS)}", param_hint="DATA")
     command = (
         f"sdeflow train {data} --out DIR --steps {steps} --batch {batch} --lr {lr:g} --seed {seed} --threads {threads}"
     )
+    for flag, given in (("--labels", labels), ("--net unet", net == "unet"), (f"--width {width}", width is not None)):
+        command += f" {flag}" if given else ""
+    command += f" --precision {precision}" if precision != "float32" else ""
     torch.set_num_threads(threads)
+    run = out / "run.safetensors"
+
+    def write(rows: list[dict[str, float]]) -> None:
+        write_atomically(out / "train.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+
     try:
-        images, _ = DATASETS[data]()
+        images, known = load(data)
+        if labels and known is None:
+            raise ValueError(f"{data} has no labels")
+        classes = int(known.max()) + 1 if labels and known is not None else 0
+        model = untrained(tuple(images.shape[1:]), seed=seed, classes=classes, net=net, width=width)
         out.mkdir(parents=True, exist_ok=True)
-        model = untrained(tuple(images.shape[1:]), seed=seed)
-        model, history = train(model, images, steps=steps, batch=batch, lr=lr, seed=seed, progress=True)
-        rows = "".join(json.dumps(row) + "\n" for row in history)
-        write_atomically(out / "train.jsonl", rows.encode())
-        save_model(out / "model.safetensors", model, command=command, data=data, seed=seed, loss=history[-1]["loss"])
+        model, history = train(
+            model, images, labels=known if labels else None, steps=steps, batch=batch, lr=lr, seed=seed,
+            precision=precision, save=run, save_every=save_every, on_row=write, progress=True,  # type: ignore[arg-type]
+        )  # fmt: skip
+        if int(os.environ.get("RANK", "0")) == 0:
+            write(history)
+            loss = history[-1]["loss"]
+            save_model(out / "model.safetensors", model, command=command, data=data, seed=seed, loss=loss)
+            print(f"loss {loss:.4f} after {steps} steps; wrote {out / 'model.safetensors'}")
+        run.with_name(f"{run.name}.{os.environ['RANK']}" if os.environ.get("RANK", "0") != "0" else run.name).unlink(
+            missing_ok=True
+        )
+    except KeyboardInterrupt:
+        state = f"the state is in {run}: give the same command to go on" if run.exists() else "no state was kept yet"
+        raise SystemExit(f"sdeflow train: interrupted; {state}") from None
     except (ArithmeticError, ImportError, OSError, ValueError) as error:
         raise SystemExit(f"sdeflow train: {error}") from error
-    print(f"loss {history[-1]['loss']:.4f} after {steps} steps; wrote {out / 'model.safetensors'}")
 
 
 @app.command("solvers", epilog="Example: sdeflow solvers --json")

@@ -1,15 +1,18 @@
 """Training: AdamW on the denoising loss, and an average of the weights that is what gets sampled.
 
-`sdeflow train digits --out DIR` is `train(untrained((1, 8, 8)), digits()[0])` with the defaults below.
+`sdeflow train digits --out DIR` is `train(untrained((1, 8, 8)), digits()[0])` with the defaults below. Under
+`torchrun` each process takes its share of every batch, and gradients are averaged (through Accelerate).
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +21,35 @@ from torch.optim.swa_utils import AveragedModel
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.losses import denoising, stratified_times
 from sdeflow.model import Model
-from sdeflow.nets import MLP
+from sdeflow.nets import MLP, UNet
 from sdeflow.processes import VP
+from sdeflow.run_state import RunState, fingerprint
 
 _WARM_UP = 100
 """Steps over which the learning rate rises from 0; the cosine then takes it back to 0."""
 
 
-def untrained(shape: tuple[int, ...], *, seed: int = 0) -> Model:
-    """An `MLP` for samples of `shape` that predicts v under VP, with weights drawn from `seed`.
+Loss = Callable[[Model, Tensor, Tensor, Tensor], Tensor]
+"""`loss(model, x0, t, eps)`: one value a sample, such as `sdeflow.losses.denoising`."""
 
-    v = alpha eps - sigma x_0 is well conditioned at both ends of time.
+
+def untrained(
+    shape: tuple[int, ...], *, seed: int = 0, classes: int = 0, net: str = "mlp", width: int | None = None
+) -> Model:
+    """An `MLP` (or a `UNet`) for samples of `shape` that predicts v under VP, with weights drawn from `seed`.
+
+    v = alpha eps - sigma x_0 is well conditioned at both ends of time. With `classes` it takes labels.
+
+    Raises:
+        ValueError: another network than "mlp" and "unet", or sizes that do not fit it.
     """
+    if net not in ("mlp", "unet"):
+        raise ValueError(f"expected the network mlp or unet, got {net!r}")
+    kind: type[MLP] | type[UNet] = MLP if net == "mlp" else UNet
+    options = {} if width is None else {"width": width}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Model(MLP(shape), VP(), "v", "lam")
+        return Model(kind(shape, classes=classes, **options), VP(), "v", "lam")
 
 
 def train(
@@ -46,13 +63,20 @@ def train(
     ema: float = 0.999,
     clip: float = 1.0,
     seed: int = 0,
+    labels: Tensor | None = None,
+    label_dropout: float = 0.1,
+    loss: Loss = denoising,
     times: Callable[[GaussianSDE, int], Tensor] = stratified_times,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    save: str | Path | None = None,
+    save_every: int = 500,
     log_every: int = 50,
+    on_row: Callable[[list[dict[str, float]]], None] | None = None,
     progress: bool = False,
 ) -> tuple[Model, list[dict[str, float]]]:
     """Train a copy of `model` on `data`; the same arguments give the same weights on one machine.
 
-    The loss is `sdeflow.losses.denoising` in the model's own prediction. The average of the weights
+    The loss is `sdeflow.losses.denoising` in the model's own prediction unless given. The average of the weights
     has decay min(ema, (1 + k)/(10 + k)) at step k, so that the first weights are soon forgotten.
 
     Args:
@@ -65,8 +89,17 @@ def train(
         ema: decay of the average of the weights; 0 for no average.
         clip: largest norm of the gradient.
         seed: of the batches, times and noise, and of anything random in the network.
+        labels: int64 (n,), of the data, passed to the network as `label`.
+        label_dropout: the share of labels that are replaced by the network's `classes`, which stands for none: what
+            classifier-free guidance takes as unconditional (Ho and Salimans 2021, section 3.2).
+        loss: of each sample, `loss(model, x0, t, eps)`.
         times: the process and n -> n times, float64.
+        precision: of the network's products: "bfloat16" runs it under autocast, weights and sums stay as they are.
+        save: a file that the whole state of the run is written to, every `save_every` steps (a multiple of
+            `log_every`). If there is one, the run goes on from it: the weights at the end are
+            those of a run without a break, bit by bit on a CPU.
         log_every: steps that a row of the history averages.
+        on_row: called with the history so far after each new row.
         progress: show a progress bar (needs tqdm).
 
     Returns:
@@ -82,38 +115,137 @@ def train(
     if model.conditions:
         raise ValueError(f"expected a model without bound conditions, got {', '.join(model.conditions)}")
     _check(model.net, data, steps=steps, batch=batch, log_every=log_every, lr=lr, clip=clip, ema=ema)
+    _check_labels(model.net, data, labels, label_dropout)
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f'expected precision "float32" or "bfloat16", got {precision!r}')
+    if save is not None and (save_every < 1 or save_every % log_every):
+        raise ValueError(f"expected save_every as a multiple of log_every = {log_every}, got {save_every!r}")
     net = copy.deepcopy(model.net).train().requires_grad_()
     average = AveragedModel(net, multi_avg_fn=_warm_average(ema))
-    learner = _with_net(model, net)
     parameters = list(net.parameters())
     optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    ranks = _Ranks.of(data.device, batch)
+    shared = ranks.prepared(net)
+    learner = _with_net(model, shared)
+    made_of = fingerprint(
+        model, data, labels, steps=steps, batch=batch, lr=lr, weight_decay=weight_decay, ema=ema, clip=clip, seed=seed,
+        label_dropout=label_dropout, precision=precision, log_every=log_every, ranks=ranks.count,
+    )  # fmt: skip
+    state = RunState(net, average, optimiser, made_of, None if save is None else ranks.own_file(Path(save)))
     history: list[dict[str, float]] = []
-    losses: list[Tensor] = []
+    values: list[Tensor] = []
     norms: list[Tensor] = []
-    with _seeded(seed, data.device):
-        bar = _counted(steps, progress)
-        for k in bar:
-            optimiser.param_groups[0]["lr"] = rate = lr * _share(k, steps)
-            x0 = data[torch.randint(data.shape[0], (batch,), device=data.device)]
-            t = times(learner.gaussian, batch).to(data.device)
-            loss = denoising(learner, x0, t, torch.randn_like(x0)).mean()
-            optimiser.zero_grad()
-            loss.backward()
-            norms.append(nn.utils.clip_grad_norm_(parameters, clip))
-            optimiser.step()
-            average.update_parameters(net)
-            losses.append(loss.detach())
-            if k % log_every == 0 or k == steps:
-                row = {"step": k, "loss": _mean(losses), "grad_norm": _mean(norms), "lr": rate}
-                if not math.isfinite(row["loss"]):
-                    raise FloatingPointError(
-                        f"the loss became {row['loss']} in steps {k - len(losses) + 1} to {k}: try a lower lr"
-                    )
-                history.append(row)
-                losses, norms = [], []
-                if progress:
-                    bar.set_postfix(loss=f"{row['loss']:.4f}")
+    with _seeded(seed + 7919 * ranks.rank, data.device):
+        done = state.resume(history)
+        bar = _counted(steps, progress and ranks.rank == 0, done)
+        try:
+            for k in bar:
+                optimiser.param_groups[0]["lr"] = rate = lr * _share(k, steps)
+                value = _step_loss(learner, data, labels, label_dropout, ranks.share, times, loss, precision)
+                optimiser.zero_grad()
+                value.backward()
+                norms.append(nn.utils.clip_grad_norm_(parameters, clip))
+                optimiser.step()
+                average.update_parameters(net)
+                values.append(value.detach())
+                if k % log_every == 0 or k == steps:
+                    row = {"step": k, "loss": ranks.mean(_mean(values)), "grad_norm": _mean(norms), "lr": rate}
+                    if not math.isfinite(row["loss"]):
+                        raise FloatingPointError(
+                            f"the loss became {row['loss']} in steps {k - len(values) + 1} to {k}: try a lower lr"
+                        )
+                    history.append(row)
+                    values, norms = [], []
+                    if on_row is not None and ranks.rank == 0:
+                        on_row(history)
+                    if progress and ranks.rank == 0:
+                        bar.set_postfix(loss=f"{row['loss']:.4f}")
+                    if save is not None and k % save_every == 0:
+                        state.write(k, history)
+        finally:
+            ranks.close()
     return _with_net(model, average.module.eval().requires_grad_(False)), history
+
+
+def _step_loss(
+    learner: Model,
+    data: Tensor,
+    labels: Tensor | None,
+    label_dropout: float,
+    batch: int,
+    times: Callable[[GaussianSDE, int], Tensor],
+    loss: Loss,
+    precision: str,
+) -> Tensor:
+    """The mean loss of a fresh batch."""
+    rows = torch.randint(data.shape[0], (batch,), device=data.device)
+    x0 = data[rows]
+    t = times(learner.gaussian, batch).to(data.device)
+    eps = torch.randn_like(x0)
+    if labels is not None:
+        label = labels[rows]
+        none: Any = learner.net
+        none = getattr(none, "module", none).classes
+        dropped = torch.rand(batch, device=data.device) < label_dropout
+        learner = learner.bind(label=torch.where(dropped, none, label))
+    context = torch.autocast(data.device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+    with context:
+        return loss(learner, x0, t, eps).mean()
+
+
+class _Ranks:
+    """The processes that train together: one, or those that torchrun started."""
+
+    def __init__(self, accelerator: Any, batch: int) -> None:
+        self._accelerator = accelerator
+        self.count = 1 if accelerator is None else int(accelerator.num_processes)
+        self.rank = 0 if accelerator is None else int(accelerator.process_index)
+        if batch % self.count:
+            raise ValueError(f"expected a batch that {self.count} processes can share, got {batch}")
+        self.share = batch // self.count
+
+    @staticmethod
+    def of(device: torch.device, batch: int) -> _Ranks:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return _Ranks(None, batch)
+        try:
+            from accelerate import Accelerator
+        except ImportError as error:
+            raise ImportError('training by several processes needs Accelerate: pip install "sdeflow[train]"') from error
+        return _Ranks(Accelerator(cpu=device.type == "cpu"), batch)
+
+    def prepared(self, net: nn.Module) -> nn.Module:
+        """The network whose gradients are averaged over the processes."""
+        return net if self._accelerator is None else self._accelerator.prepare_model(net)
+
+    def mean(self, value: float) -> float:
+        """The mean of a number over the processes."""
+        if self._accelerator is None:
+            return value
+        return float(self._accelerator.reduce(torch.tensor(value), reduction="mean"))
+
+    def own_file(self, path: Path) -> Path:
+        """Where this process keeps its state: the random numbers are its own."""
+        return path if self.rank == 0 else path.with_name(f"{path.name}.{self.rank}")
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self._accelerator is not None:
+            self._accelerator.end_training()
+
+
+def _check_labels(net: nn.Module, data: Tensor, labels: Tensor | None, dropout: float) -> None:
+    if labels is None:
+        return
+    classes: Any = getattr(net, "classes", 0)
+    if not classes:
+        raise ValueError("labels need a network that takes them: MLP(..., classes=10), for instance")
+    if labels.dtype != torch.int64 or labels.shape != data.shape[:1]:
+        raise ValueError(f"expected int64 labels ({len(data)},), got {labels.dtype} of shape {tuple(labels.shape)}")
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise ValueError(f"expected labels from 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"expected label_dropout in [0, 1], got {dropout!r}")
 
 
 def _share(k: int, steps: int) -> float:
@@ -147,15 +279,15 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _counted(steps: int, progress: bool) -> Any:
-    """1..steps, shown as a progress bar if wanted."""
+def _counted(steps: int, progress: bool, done: int = 0) -> Any:
+    """done + 1..steps, shown as a progress bar if wanted."""
     if not progress:
-        return range(1, steps + 1)
+        return range(done + 1, steps + 1)
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError("progress=True needs tqdm: pip install tqdm") from error
-    return tqdm(range(1, steps + 1), unit="step")
+    return tqdm(range(done + 1, steps + 1), unit="step", initial=done, total=steps)
 
 
 def _mean(values: Sequence[Tensor]) -> float:

@@ -1,38 +1,20 @@
-"""Small networks for vectors and small images, called as `net(x, lam)`.
-
-They read the time as lam = log(alpha/sigma), so a `Model` of one takes `time="lam"`, and its output
-is smooth in lam and in x (SiLU, a few harmonics of a bounded function of lam): the order of a solver
-can be seen on them. Their `config` holds the constructor's arguments, which is what a checkpoint keeps.
-"""
+"""A residual network on flattened samples."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_SPREAD = 5.0
-"""lam/_SPREAD goes through tanh: VP at t = 1e-3 .. 1 has lam = 4.6 .. -5, and both infinities are finite."""
+from sdeflow.nets.embedding import Conditioned, check_sizes
 
 
-def time_features(lam: Tensor, harmonics: int) -> Tensor:
-    """cos and sin of (pi k/2) tanh(lam/5), k = 1..harmonics: (batch,) -> (batch, 2 harmonics).
+class MLP(Conditioned):
+    """A residual network on flattened samples, each block scaled and shifted by the time and the class.
 
-    The slowest has a period of twice the range, so no two times share their features.
-    """
-    angle = torch.tanh(lam / _SPREAD).unsqueeze(-1) * (
-        0.5 * math.pi * torch.arange(1, harmonics + 1, device=lam.device, dtype=lam.dtype)
-    )
-    return torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1)
-
-
-class MLP(nn.Module):
-    """A residual network on flattened samples, each block scaled and shifted by the time.
-
-        h <- h + B silu(A (norm(h) (1 + scale(lam)) + shift(lam)))
+        h <- h + B silu(A (norm(h) (1 + scale(e)) + shift(e))),   e the embedding of (lam, label)
 
     The output starts at 0. (The modulation is that of Peebles and Xie 2023, DiT, section 3.2.)
 
@@ -42,6 +24,8 @@ class MLP(nn.Module):
         depth: number of residual blocks.
         embedding: width of the time embedding.
         harmonics: frequencies of lam that the embedding reads; more make the network rougher in time.
+        classes: number of labels; 0 for a network without.
+        learned_variance: whether `both` gives the v of a learned variance.
 
     Raises:
         ValueError: a size that is not from 1 to 65536.
@@ -55,37 +39,35 @@ class MLP(nn.Module):
         depth: int = 3,
         embedding: int = 64,
         harmonics: int = 8,
+        classes: int = 0,
+        learned_variance: bool = False,
     ) -> None:
-        super().__init__()
-        self.shape = tuple(shape)
-        self.config: dict[str, Any] = {
-            "shape": list(self.shape), "width": width, "depth": depth,
-            "embedding": embedding, "harmonics": harmonics,
+        config: dict[str, Any] = {
+            "shape": list(shape), "width": width, "depth": depth, "embedding": embedding, "harmonics": harmonics,
         }  # fmt: skip
-        sizes = (*self.shape, width, depth, embedding, harmonics)
-        if not all(isinstance(n, int) and 1 <= n <= 1 << 16 for n in sizes):
-            raise ValueError(f"expected sizes from 1 to 65536, got {self.config}")
+        if classes:
+            config["classes"] = classes
+        if learned_variance:
+            config["learned_variance"] = True
+        check_sizes(config, *shape, width, depth, embedding, harmonics)
+        super().__init__(shape, embedding, harmonics, classes, learned_variance)
+        self.config = config
         size = math.prod(self.shape)
-        self.harmonics = harmonics
-        self.time = nn.Sequential(
-            nn.Linear(2 * harmonics, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
-        )
         self.enter = nn.Linear(size, width)
         self.blocks = nn.ModuleList(_Block(width, embedding) for _ in range(depth))
         self.last = _Modulated(width, embedding)
-        self.leave = nn.Linear(width, size)
+        self.leave = nn.Linear(width, 2 * size if learned_variance else size)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
 
-    def forward(self, x: Tensor, lam: Tensor) -> Tensor:
-        """(batch, *shape), (batch,) -> (batch, *shape)."""
-        if x.shape[1:] != self.shape:
-            raise ValueError(f"expected x of shape (batch, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
-        time = self.time(time_features(lam, self.harmonics))
+    def _heads(self, x: Tensor, lam: Tensor, label: Tensor | None) -> Tensor:
+        embedded = self._embedded(x, lam, label)
         h = self.enter(x.flatten(1))
         for block in self.blocks:
-            h = h + block(h, time)
-        return self.leave(self.last(h, time)).reshape(x.shape)
+            h = h + block(h, embedded)
+        out = self.leave(self.last(h, embedded))
+        channels = self.shape[0] * (2 if self.learned_variance else 1)
+        return out.reshape(len(x), channels, *self.shape[1:])
 
 
 class _Modulated(nn.Module):
