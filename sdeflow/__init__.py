@@ -2,11 +2,13 @@
 
 from importlib.metadata import version as _version
 
-from sdeflow import bench, grids, losses, metrics, nets, problems, solvers, testing
+from sdeflow import bench, grids, guidance, inverse, losses, metrics, nets, problems, solvers, testing
 from sdeflow.brownian import BrownianPath
 from sdeflow.checkpoints import load_model, save_model
+from sdeflow.coding import decode, encode, interpolate, interpolate_data
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.known import GBM, RotationGBM, SigmoidOU, SinhOU, Student
+from sdeflow.likelihood import bits_per_dim, elbo, log_prob
 from sdeflow.linear import CLD, LinearSDE
 from sdeflow.model import Model
 from sdeflow.moments import moments
@@ -63,9 +65,18 @@ __all__ = [
     "Status",
     "SubVP",
     "bench",
+    "bits_per_dim",
+    "decode",
+    "elbo",
+    "encode",
     "grids",
+    "guidance",
+    "interpolate",
+    "interpolate_data",
+    "inverse",
     "iterate",
     "load_model",
+    "log_prob",
     "losses",
     "metrics",
     "moments",

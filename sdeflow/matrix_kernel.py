@@ -353,7 +353,7 @@ class Coefficient:
         self.constant: Tensor | None = None
         self._batched = False
         if not callable(given):
-            self.constant = torch.as_tensor(given).detach().to(device="cpu", dtype=torch.float64).clone()
+            self.constant = torch.as_tensor(given, dtype=torch.float64).detach().cpu().clone()
             values = self.constant
         else:
             values = torch.stack([self._call(t) for t in probes[:3]])

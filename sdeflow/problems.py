@@ -239,7 +239,7 @@ class _LinearLaw:
         phi, noise = (torch.einsum("nij,ab->niajb", v, one).reshape(-1, 1, d, d) for v in (matrix, covariance))
         means = (phi @ m.means.unsqueeze(-1)).squeeze(-1) + shift.repeat_interleave(len(one), dim=1)[:, None]
         factor = factor_of(phi @ self._covariances @ phi.mT + noise)
-        inverse = inverse_factor(factor, f"the law of the data at t = {float(t.min()):g}")
+        inverse = inverse_factor(factor, f"the law of the data at t = {float(t.detach().min()):g}")
         diagonal = torch.diagonal(inverse, dim1=-2, dim2=-1)
         return means, inverse, torch.log(m.weights) + torch.log(diagonal).sum(-1) - 0.5 * d * math.log(2 * math.pi)
 

@@ -219,6 +219,12 @@ class DiscreteVP(_VariancePreserving):
     def t_min(self) -> float:
         return 1 / self.betas.numel()
 
+    @property
+    def smooth_window(self) -> tuple[float, float]:
+        """The middle one of the intervals in which the rate is constant."""
+        n, count = (self.betas.numel() - 1) // 2, self.betas.numel()
+        return (n + 1e-3) / count, (n + 1 - 1e-3) / count
+
     def index_of_time(self, t: Time) -> Tensor:
         """The table's index at time t: N t - 1, not below 0; a whole number at every entry, rounding aside."""
         index = torch.clamp(as_time(t) * self.betas.numel() - 1, min=0.0)

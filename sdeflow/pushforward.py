@@ -80,6 +80,14 @@ class Pushforward(SDE):
         return self._step(self._step(y, x), x) if x.requires_grad and torch.is_grad_enabled() else y
 
     def _newton(self, x: Tensor) -> Tensor:
+        try:
+            return self._descended(x)
+        except RuntimeError as error:  # of torch.linalg
+            raise ValueError(
+                f"Newton's method met a singular Jacobian of phi ({error}): give the inverse, or states it reaches"
+            ) from error
+
+    def _descended(self, x: Tensor) -> Tensor:
         y = x.clone()
         error = (self.phi(y) - x).abs().amax(1)
         tolerance = 64 * torch.finfo(x.dtype).eps * (1 + x.abs().amax(1))

@@ -169,6 +169,11 @@ class SDE(Problem, SdeCallable):
         ts = Each(times)
         return lambda k, x: checked_shape(self.ito_drift(x, ts[k]), x, "the drift")
 
+    @property
+    def smooth_window(self) -> tuple[float, float]:
+        """An interval in which the coefficients are smooth functions of time: what checks integrate over."""
+        return self.t0, self.t1
+
     def structure(self, event: tuple[int, ...] | None = None) -> Structure:
         """What this equation is: affine, additive, commutative, ...; see `sdeflow.structure.Structure`."""
         from sdeflow.structure import structure

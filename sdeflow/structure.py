@@ -235,6 +235,8 @@ def fitted(x: Tensor, y: Tensor, degree: int) -> tuple[Tensor, float]:
     half = max(2 * basis.shape[1], len(x) // 2)
     if len(x) < half + 4:
         raise ValueError(f"expected {half + 4} probes or more for degree {degree} in {x.shape[1]} variables: {len(x)}")
+    if not bool(torch.isfinite(y).all()):
+        raise ValueError("expected finite coefficients to fit; they are singular at this time or these states")
     row = 1 / basis[:half].abs().sum(1, keepdim=True)  # tails must not drown the middle
     matrix, values = basis[:half] / scale * row, y[:half] * row
     solution = torch.linalg.lstsq(matrix, values, driver="gelsd").solution

@@ -45,11 +45,14 @@ def untrained(
     """
     if net not in ("mlp", "unet"):
         raise ValueError(f"expected the network mlp or unet, got {net!r}")
-    kind: type[MLP] | type[UNet] = MLP if net == "mlp" else UNet
-    options = {} if width is None else {"width": width}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Model(kind(shape, classes=classes, **options), VP(), "v", "lam")
+        made: nn.Module
+        if net == "mlp":
+            made = MLP(shape, classes=classes) if width is None else MLP(shape, classes=classes, width=width)
+        else:
+            made = UNet(shape, classes=classes) if width is None else UNet(shape, classes=classes, width=width)
+        return Model(made, VP(), "v", "lam")
 
 
 def train(

@@ -115,7 +115,11 @@ class _Sub(MLP):
     ("model", "error", "message"),
     [
         (lambda: "model", TypeError, "expected a Model, got str"),
-        (lambda: sf.Model(torch.nn.Linear(2, 2), sf.VP()), TypeError, "one of MLP, UNet, EDMPreconditioned; got Linear"),
+        (
+            lambda: sf.Model(torch.nn.Linear(2, 2), sf.VP()),
+            TypeError,
+            "one of MLP, UNet, EDMPreconditioned; got Linear",
+        ),
         (lambda: sf.Model(_Sub((2,)), sf.VP()), TypeError, "one of MLP, UNet, EDMPreconditioned; got _Sub"),
         (
             lambda: _model(sf.GaussianSDE.from_kernel(lambda t: 1 - t, lambda t: t)),

@@ -26,6 +26,7 @@ from sdeflow.solvers.milstein import LevyMilstein, Milstein
 from sdeflow.solvers.named import DPM2, ERSDE, IPNDM, LMS, PNDM, RhoRK, SASolver, StraightABM
 from sdeflow.solvers.own_eta import NoiseScale, OwnEta, Window
 from sdeflow.solvers.restart import Restart, RestartInterval
+from sdeflow.solvers.reversible import Reversible
 from sdeflow.solvers.rosenbrock import ROS2, ROS34PW2, Rosenbrock
 from sdeflow.solvers.runge_kutta import (
     DOP853,
@@ -112,6 +113,7 @@ __all__ = [
     "Ralston",
     "Restart",
     "RestartInterval",
+    "Reversible",
     "RhoRK",
     "Rosenbrock",
     "Row",

@@ -40,8 +40,9 @@ class GaussianLaw:
     @property
     def times(self) -> tuple[float, float, float]:
         """Three times inside the span."""
-        low = max(self.sde.t_min, self.sde.t0)
-        length = self.sde.t1 - low
+        low, high = self.sde.smooth_window
+        low = max(self.sde.t_min, low)
+        length = high - low
         return low + 0.25 * length, low + 0.5 * length, low + 0.85 * length
 
     def affine(self, sde: SDE, t: float) -> tuple[Tensor, Tensor, Tensor]:

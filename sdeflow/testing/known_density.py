@@ -79,7 +79,8 @@ def reverse_law(at: Setting) -> Finding:
 def along_the_flow(at: Setting) -> list[Finding]:
     """log p along the flow, and there and back again."""
     flat, sde = at.flat, at.sde
-    start, end = sde.t0 + 0.3 * (sde.t1 - sde.t0), sde.t0 + 0.8 * (sde.t1 - sde.t0)
+    low, high = sde.smooth_window
+    start, end = low + 0.3 * (high - low), low + 0.8 * (high - low)
     x = at.points[:4]
     flow = ReverseSDE(sde, at.score, 0.0)
 
@@ -183,8 +184,9 @@ def line_identities(at: Setting, other: LogDensity | None) -> list[Finding]:
         other: log of another law of the same process, for the relative entropy.
     """
     sde, flat = at.sde, at.flat
-    length = sde.t1 - sde.t0
-    start, end = sde.t0 + 0.35 * length, sde.t0 + 0.75 * length
+    low, high = sde.smooth_window
+    length = high - low
+    start, end = low + 0.35 * length, low + 0.75 * length
     line = Line(flat, at.density, [start - 3 * _STEP * length, start, end])
     findings = []
     mass = max((abs(line.mean(torch.ones_like(line.weights), t) - 1), t) for t in (start, end))

@@ -109,6 +109,7 @@ class Setting:
 def reversal_identities(at: Setting, hand_reverse: HandWritten | None, hand_flow: HandWritten | None) -> list[Finding]:
     """All of this module's verdicts."""
     findings = [
+        derivatives(at),
         marginals_kept(at, hand_reverse, hand_flow),
         continuity(at),
         stratonovich_conversion(at),
@@ -125,6 +126,37 @@ def reversal_identities(at: Setting, hand_reverse: HandWritten | None, hand_flow
     if hand_flow is not None:
         findings.append(hand_written(at, hand_flow, 0.0, "hand-written flow drift"))
     return findings
+
+
+_REACH = 3e-3
+"""Of the differences, as a share of the room that a state has in the domain."""
+
+
+def derivatives(at: Setting) -> Finding:
+    """Autograd's directional derivatives of drift and diffusion against differences of sixth order.
+
+    What the other identities cannot see: a function without a graph has the derivative 0 in the derivation and in its
+    check alike, and float32 inside a function cancels.
+    """
+    generator = torch.Generator().manual_seed(11)
+    direction = torch.randn(at.points.shape, generator=generator, dtype=torch.float64)
+    low, high = at.sde.domain
+    room = torch.minimum(at.points - low, high - at.points).clamp(max=1.0).amin(1, keepdim=True)
+    move = _REACH * room * direction / direction.abs().amax(1, keepdim=True)
+
+    def values(x: Tensor) -> Tensor:
+        return torch.cat([at.flat.drift(x, at.clock), at.flat.diffusion(x, at.clock).flatten(1)], dim=1)
+
+    with torch.no_grad():
+        far = {k: values(at.points + k * move) for k in (-3, -2, -1, 1, 2, 3)}
+    want = (far[3] - far[-3] - 9 * (far[2] - far[-2]) + 45 * (far[1] - far[-1])) / 60
+    got = times(jacobian(values(at.x), at.x), move)
+    size = torch.stack([v.abs() for v in far.values()]).mean(0) * _REACH
+    terms = Terms.of(got, -want, inside=(size + 1e-6,))
+    residual, place = terms.residual()
+    where = {"x": at.points[place].tolist(), "t": float(at.clock[place])}
+    note = "drift or diffusion is not differentiated by autograd (numpy, detach), or computes in float32"
+    return Finding.of("derivatives", "autograd = differences, of f and G", residual, 1e-7, where, note)
 
 
 def _worst(at: Setting, identity: str, formula: str, cases: list[tuple[Terms, dict]], note: str = "") -> Finding:
@@ -174,7 +206,8 @@ def stratonovich_conversion(at: Setting) -> Finding:
         (at.sde.ito_drift(x, t), at.f),
         (at.sde.stratonovich_drift(x, t), at.flat.stratonovich(at.x, at.clock)),
     )
-    cases: list[tuple[Terms, dict]] = [(Terms.of(got.flatten(1), -want), {}) for got, want in pairs]
+    parts = (at.f, at.flat.correction(at.x, at.clock))  # they may cancel
+    cases: list[tuple[Terms, dict]] = [(Terms.of(got.flatten(1), -want, inside=parts), {}) for got, want in pairs]
     return _worst(at, "Ito and Stratonovich drifts", "f_ito - f_strat = 1/2 sum_k (dG_k) G_k", cases)
 
 

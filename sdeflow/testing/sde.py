@@ -68,8 +68,7 @@ def check_sde(
         raise TypeError(f"expected an SDE, got {type(sde).__name__}")
     if points < 1:
         raise ValueError(f"expected at least 1 point, got {points}")
-    event = probe_event(sde, event)
-    known = structure(sde, event)
+    event, known = _structure(sde, event)
     claims = _Claims(sde, event, log_density, score, marginal, reverse_drift, flow_drift)
     x, t = _points(sde, event, points, seed)
     flat = Flat(sde, event)
@@ -81,6 +80,18 @@ def check_sde(
     if claims.density is None and not isinstance(sde, (GaussianSDE, LinearSDE)):
         findings += _guarded("grid", lambda: [_grid(sde, event, known)])
     return Report(_name(sde), tuple(findings), _facts(sde, known), pitfalls(sde, known))
+
+
+def _structure(sde: SDE, event: tuple[int, ...] | None) -> tuple[tuple[int, ...], Structure]:
+    try:
+        event = probe_event(sde, event)
+        return event, structure(sde, event)
+    except (TypeError, ValueError):
+        raise
+    except Exception as error:  # a user's function may fail in any way
+        raise ValueError(
+            f"{type(sde).__name__}: drift or diffusion fails on event {event}: {type(error).__name__}: {error}"
+        ) from error
 
 
 class _Claims:
@@ -198,8 +209,8 @@ def _law(sde: SDE, event: tuple[int, ...], known: Structure, claims: _Claims, po
 
 def _line_moments(sde: SDE, known: Structure, line: Setting) -> Finding:
     """Moments of the density at two times against the moment equations between them."""
-    length = sde.t1 - sde.t0
-    s, t = sde.t0 + 0.4 * length, sde.t0 + 0.8 * length
+    low, high = sde.smooth_window
+    s, t = low + 0.4 * (high - low), low + 0.8 * (high - low)
     panels = Line(line.flat, line.density, [s, t])
     own = structure(sde, (1,))
     basis, columns = moments(sde, panels.x, t, s=s, degree=2, structure=own)
@@ -241,9 +252,12 @@ def _kernel(sde: SDE, flat: Flat, known: Structure, claims: _Claims) -> list[Fin
 def _marginal(
     sde: SDE, flat: Flat, known: Structure, marginal: Callable[..., Any] | None, kernel: Kernel | None
 ) -> Finding:
-    t = sde.t0 + 0.7 * (sde.t1 - sde.t0)
+    low, high = sde.smooth_window
+    # a claimed marginal starts at t0; the kernel is asked from inside, where no coefficient is singular
+    s = sde.t0 if marginal is not None else low + 0.1 * (high - low)
+    t = s + 0.7 * (high - s)
     x0, _ = probe_points(sde, flat.event, 4, tails=False, seed=9)
-    mean, covariance = mean_and_covariance(*moments(sde, x0, t, structure=known))
+    mean, covariance = mean_and_covariance(*moments(sde, x0, t, s=s, structure=known))
     if marginal is not None:
         claimed, std = (torch.as_tensor(v, dtype=torch.float64) for v in marginal(x0, t))
         claimed = claimed.expand(x0.shape).flatten(1)
@@ -251,7 +265,7 @@ def _marginal(
         name, formula = "claimed marginal", "mean and deviation of x_t given x_0 = moment equations"
     else:
         assert kernel is not None
-        phi, shift, q = kernel(sde.t0, t)
+        phi, shift, q = kernel(s, t)
         claimed, spread = x0.flatten(1) @ phi.T + shift, q.expand(len(x0), *q.shape)
         name, formula = "kernel and moments", "Phi x_0 + shift, Q = moment equations of the generator"
     gaps = torch.stack([

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -240,55 +241,65 @@ class PointMasses(Empirical):
 # ---- numbers
 
 
+@cache
 def _halves(low: float, high: float) -> st.SearchStrategy[float]:
     """Multiples of 1/2 in [low, high], nearest to 0 first."""
     return st.integers(math.ceil(2 * low), math.floor(2 * high)).map(lambda k: k / 2)
 
 
+@cache
 def _vectors(d: int, low: float = -1, high: float = 1) -> st.SearchStrategy[Numbers]:
     return st.tuples(*[_halves(low, high)] * d)
 
 
+@cache
 def _matrices(rows: int, columns: int, low: float = -1, high: float = 1) -> st.SearchStrategy[Rows]:
     return st.tuples(*[_vectors(columns, low, high)] * rows)
 
 
-@st.composite
-def _gains(draw: st.DrawFn, d: int, columns: int) -> Rows:
-    """L (d, m) with the diagonal 1/2 or more: noise reaches min(d, m) coordinates."""
-    entries = draw(_matrices(d, columns, -0.5, 0.5))
-    own = draw(st.tuples(*[st.integers(0, 2)] * d))
-    return tuple(tuple(1 + own[i] / 2 if i == k else entries[i][k] for k in range(columns)) for i in range(d))
+def _cut(rows: Rows, d: int, columns: int) -> Rows:
+    return tuple(row[:columns] for row in rows[:d])
+
+
+def _raised(rows: Rows, own: Numbers) -> Rows:
+    """Half of `rows` off the diagonal, `own` on it: a matrix of full rank in most draws."""
+    return tuple(tuple(own[i] if i == k else 0.5 * value for k, value in enumerate(row)) for i, row in enumerate(rows))
 
 
 # ---- strategies
 
 
 @st.composite
-def _waves(draw: st.DrawFn, d: int) -> WaveSDE:
-    diagonal = draw(st.booleans())
-    columns = d if diagonal else draw(st.integers(1, d + 1))
-    gain: Any = draw(_gains(d, columns))
-    if diagonal:
-        gain = tuple(gain[i][i] for i in range(d))
+def _sde(draw: st.DrawFn, least: int, most: int) -> SDE:
+    """Numbers for `most` dimensions, cut to d: shrinking takes dimensions away and leaves the rest as it is."""
+    d = draw(st.integers(least, most))
+    image, diagonal, bent = draw(st.tuples(st.booleans(), st.booleans(), st.booleans()))
+    interpretation = draw(st.sampled_from(["ito", "stratonovich"]))
+    speed, wave, cubic = draw(_halves(0, 1)), draw(_halves(0, 1)), draw(_halves(0, 0.5))
+    m = d if diagonal else min(draw(st.integers(1, most + 1)), d + 1)
+    b, c = draw(_vectors(most))[:d], draw(_vectors(most))[:d]
+    a = _cut(draw(_matrices(most, most)), d, d)
+    own = draw(_matrices(3, most, 0, 1))
+    gain, bend, directions, b_matrix = (
+        _cut(draw(_matrices(most, most + 1)), d, most + 1) for _ in range(4)
+    )  # for images the matrix B is (d, d)
+    gain = _cut(_raised(gain, tuple(1 + v for v in own[0])), d, min(m, d) if image else m)
+    if image:
+        means = draw(st.lists(_vectors(most, -2, 2), min_size=1, max_size=3))
+        return TanhImage(a, b, gain, _cut(b_matrix, d, d), c, tuple(mean[:d] for mean in means))
+
+    def shaped(rows: Rows) -> Any:
+        return tuple(rows[i][i] for i in range(d)) if diagonal else rows
+
     parts: dict[str, Any] = {}
-    if draw(st.booleans()):
-        parts["bend"] = draw(_vectors(d) if diagonal else _matrices(d, columns))
-        parts["W"] = draw(_matrices(d, columns))
+    if bent:
+        bend, directions = (
+            _cut(_raised(rows, tuple(0.5 + v for v in row)), d, m)
+            for rows, row in ((bend, own[1]), (directions, own[2]))
+        )
+        parts = {"bend": shaped(bend), "W": directions}
     return WaveSDE(
-        draw(_matrices(d, d)), draw(_vectors(d)), gain,
-        wave=draw(_halves(0, 1)), cubic=draw(_halves(0, 0.5)), speed=draw(_halves(0, 1)),
-        interpretation=draw(st.sampled_from(["ito", "stratonovich"])), **parts,
-    )  # fmt: skip
-
-
-@st.composite
-def _images(draw: st.DrawFn, d: int) -> TanhImage:
-    columns = draw(st.integers(1, d))
-    atoms = draw(st.integers(1, 3))
-    return TanhImage(
-        draw(_matrices(d, d)), draw(_vectors(d)), draw(_gains(d, columns)), draw(_matrices(d, d)),
-        draw(_vectors(d)), draw(_matrices(atoms, d, -2, 2)),
+        a, b, shaped(gain), wave=wave, cubic=cubic, speed=speed, interpretation=interpretation, **parts
     )  # fmt: skip
 
 
@@ -308,7 +319,7 @@ def sdes(dims: tuple[int, int] = (1, 4)) -> st.SearchStrategy[SDE]:
     least, most = dims
     if not 1 <= least <= most:
         raise ValueError(f"expected dims (least, most) with 1 <= least <= most, got {dims}")
-    return st.integers(least, most).flatmap(lambda d: st.one_of(_waves(d), _images(d)))
+    return _sde(least, most)
 
 
 def gaussian_sdes() -> st.SearchStrategy[GaussianSDE]:
@@ -354,7 +365,7 @@ def distributions(dim: int | None = None) -> st.SearchStrategy[Distribution]:
 def _grids_of(draw: st.DrawFn, process: Problem) -> Tensor:
     name = draw(st.sampled_from([name for name, row in GRIDS.items() if row.fits(process)]))
     betas = getattr(process, "betas", None)
-    most = 12 if GRIDS[name].needs != "table" or betas is None else min(12, len(betas) - 1)
+    most = 12 if GRIDS[name].needs != "table" or betas is None else max(1, min(12, len(betas) // 2))
     return GRIDS[name].make(process, draw(st.integers(1, most)))
 
 
