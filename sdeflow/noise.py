@@ -205,6 +205,13 @@ class Noise:
         part._seeds = {key: seeds[rows] for key, seeds in self._seeds.items()}
         return part
 
+    def other(self, number: int) -> Noise:
+        """The noise of another seed, made of this one's and a number > 0, for the same samples: a repetition's own."""
+        part = copy.copy(self)
+        part.seed = (self.seed + number * _GOLDEN) & _ALL
+        part._seeds = {}
+        return part
+
     def normal(self, stream: int, node: int, event: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
         """Standard normals (batch, *event) of one node >= 0 of a stream."""
         return self.pairs(stream, hashed_word(node >> 1), event, dtype)[0, node & 1]

@@ -81,7 +81,7 @@ class _RestartRun:
         self._main = solver.solver.stepper(problem, x, grid, noise)
         self._loops: dict[int, list[_Loop]] = {}
         process = problem.gaussian
-        lam = process.lam(grid[1:])
+        lam, count = process.lam(grid[1:]), 0
         for interval in solver.intervals:
             i = int((lam + math.log(interval.low)).abs().argmin())
             low, high = grid[i + 1], process.time_of_lam(-math.log(interval.high))
@@ -93,9 +93,10 @@ class _RestartRun:
             ratio, std = process.transition_kernel(low, high)
             way = grids.karras(process, interval.steps, float(high), float(low))
             for _ in range(interval.repeats):
-                down = solver.solver.stepper(problem, x, way, noise)
+                count += 1
+                # a stochastic solver must not see the same noise in every repetition
+                down = solver.solver.stepper(problem, x, way, noise.other(count))
                 self._loops.setdefault(i, []).append(_Loop(float(ratio), float(std), down, interval.steps))
-        count = sum(len(loops) for loops in self._loops.values())
         self._draw = noise.sequence(RESTART, max(count, 1), x.shape[1:], x.dtype)
         self._drawn = 0
 
