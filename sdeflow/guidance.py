@@ -18,125 +18,24 @@ of the model, one however many networks it asks.
 
 from __future__ import annotations
 
-import copy
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sdeflow.combined import Combination, Guided, select, usable_time
 from sdeflow.gaussian import GaussianSDE
-from sdeflow.model import Counter, Model, _parameters, row_of
-from sdeflow.sde import SDE, checked_shape
+from sdeflow.model import Model, row_of
+from sdeflow.sde import checked_shape
 
 Scale = float | Callable[[Tensor], Any]
 """A strength: a number, or a function of a float64 tensor of times (its shape kept, or a number)."""
 
 LogLikelihood = Callable[..., Tensor]
 """`log_likelihood(x, t, **conditions)`: (batch,) for x (batch, *event), t (batch,) in the dtype of x."""
-
-
-class _SharedCounter(Counter):
-    """A count that stays with its model when the network is copied deeply."""
-
-    __slots__ = ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _SharedCounter:
-        return self
-
-
-class Combination(nn.Module, ABC):
-    """The network of a `Guided` model: it asks its parts, by name, and combines what they say.
-
-    A module, so that the parameters of its parts are its own (`sample` reads dtype and device from them).
-    """
-
-    def __init__(self, parts: dict[str, Model | Callable[..., Tensor]]) -> None:
-        super().__init__()
-        self.parts, self.counter = parts, _SharedCounter()
-        nets = [part.net if isinstance(part, Model) else part for part in parts.values()]
-        unique = {id(net): net for net in nets if isinstance(net, nn.Module)}
-        self.networks = nn.ModuleList(unique.values())
-
-    @abstractmethod
-    def forward(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
-        """The prediction of the guided model at x (batch, *event) and aligned float64 times t."""
-
-    def model(self, name: str, conditions: dict[str, Any]) -> Model:
-        """A part that is a model, with its own of the conditions."""
-        part = self.parts[name]
-        assert isinstance(part, Model)
-        bound = copy.copy(part)
-        bound.conditions = select(name, conditions)
-        return bound
-
-    def ask(self, name: str, x: Tensor, t: Tensor, as_: str, conditions: dict[str, Any]) -> Tensor:
-        """One evaluation of the model `name`, its calls of networks counted."""
-        model = self.model(name, conditions)
-        before = model.nfe
-        value = model(x, t, as_=as_)
-        self.counter.calls += model.nfe - before
-        return value
-
-
-def select(name: str, conditions: dict[str, Any]) -> dict[str, Any]:
-    """The conditions of the part `name`, under the names it knows."""
-    prefix = name + "."
-    return {key.removeprefix(prefix): value for key, value in conditions.items() if key.startswith(prefix)}
-
-
-class Guided(Model):
-    """A model whose network combines other models; made by the functions of `guidance` and `inverse`."""
-
-    net: Combination
-
-    def __init__(self, net: Combination, sde: SDE, prediction: Any, conditions: dict[str, Any] | None = None) -> None:
-        super().__init__(net, sde, prediction, expand=False)
-        self._counter = net.counter
-        self._keep_bound: tuple[str, ...] = ("unconditional",)
-        for name, part in net.parts.items():
-            if isinstance(part, Model):
-                self.conditions.update({f"{name}.{key}": value for key, value in part.conditions.items()})
-        self.conditions.update(conditions or {})
-
-    def raw(self, x: Tensor, time: Tensor) -> Tensor:
-        return checked_shape(self.net(x, time, **self.conditions), x, "the guided model")
-
-    def bind(self, **conditions: Any) -> Model:
-        """The same model with conditions passed to every part that takes them.
-
-        The unconditional model of `classifier_free` keeps what it was bound to before: its null condition.
-
-        Raises:
-            TypeError: no part takes a condition of that name.
-        """
-        merged = dict(self.conditions)
-        for key, value in conditions.items():
-            taken = [name for name in self.net.parts if self._takes(name, key)]
-            if not taken:
-                raise TypeError(f"no part of {self!r} takes {key}: its parts are {', '.join(self.net.parts)}")
-            for name in taken:
-                held = select(name, merged)
-                if name in self._keep_bound and any(k.rsplit(".", 1)[-1] == key for k in held):
-                    continue
-                part = self.net.parts[name]
-                if isinstance(part, Model):
-                    held = self.net.model(name, merged).bind(**{key: value}).conditions
-                else:
-                    held = {**held, key: value}
-                merged.update({f"{name}.{k}": v for k, v in held.items()})
-        model = copy.copy(self)
-        model.conditions = merged
-        return model
-
-    def _takes(self, name: str, key: str) -> bool:
-        part = self.net.parts[name]
-        if isinstance(part, Guided):
-            return any(part._takes(inner, key) for inner in part.net.parts)
-        accepted = _parameters(part.net if isinstance(part, Model) else part)
-        return accepted is None or key in accepted
 
 
 # ---- terms of the score
@@ -180,8 +79,8 @@ class _Term(WithScore):
         self.name, self.gradient = name, gradient
 
     def both(self, x: Tensor, t: Tensor, conditions: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        times = _usable(t.to(device=x.device, dtype=x.dtype).flatten().expand(x.shape[0]))
-        own = {key: _usable(value) for key, value in select(self.name, conditions).items()}
+        times = usable_time(t.to(device=x.device, dtype=x.dtype).flatten().expand(x.shape[0]))
+        own = {key: usable_time(value) for key, value in select(self.name, conditions).items()}
         function = self.parts[self.name]
         if self.gradient:  # before the model: what is wrong with the user's function costs no call
             term = _gradient(lambda leaf: function(leaf, times, **own), x, self.name)
@@ -202,7 +101,7 @@ def add_score(model: Model, term: Callable[..., Tensor], scale: Scale = 1.0) -> 
         TypeError, ValueError: not a model, not a function, a scale that is not finite; at a call, a term of another
             shape, or a time where alpha = 0 and the model predicts x_0, v or the velocity.
     """
-    _check(model, scale, term=term)
+    check_guidance(model, scale, term=term)
     return Guided(_Term(model, term, scale, "term", gradient=False), model.sde, model.prediction)
 
 
@@ -218,7 +117,7 @@ def add_term(model: Model, log_likelihood: LogLikelihood, scale: Scale = 1.0) ->
     Raises:
         TypeError, ValueError: as `add_score`; at a call, a value that is not (batch,) or does not depend on x.
     """
-    _check(model, scale, log_likelihood=log_likelihood)
+    check_guidance(model, scale, log_likelihood=log_likelihood)
     return Guided(_Term(model, log_likelihood, scale, "log_likelihood", gradient=True), model.sde, model.prediction)
 
 
@@ -237,16 +136,8 @@ def classifier_guidance(model: Model, log_prob: LogLikelihood, scale: Scale = 1.
     Raises:
         TypeError, ValueError: as `add_term`.
     """
-    _check(model, scale, log_prob=log_prob)
+    check_guidance(model, scale, log_prob=log_prob)
     return Guided(_Term(model, log_prob, scale, "log_prob", gradient=True), model.sde, model.prediction)
-
-
-def _usable(value: Any) -> Any:
-    """The value, copied if it was made in inference mode, which no gradient may pass."""
-    if not isinstance(value, Tensor) or not value.is_inference():
-        return value
-    with torch.inference_mode(False):
-        return value.clone()
 
 
 def _gradient(function: Callable[[Tensor], Tensor], x: Tensor, name: str) -> Tensor:
@@ -348,7 +239,7 @@ def classifier_free(
         TypeError, ValueError: not models, models of two processes, a scale that is not finite, an empty interval,
             rescale outside [0, 1].
     """
-    _check(model, scale)
+    check_guidance(model, scale)
     if not isinstance(unconditional, Model):
         raise TypeError(f"expected unconditional as a Model, got {type(unconditional).__name__}")
     if unconditional.sde is not model.sde and unconditional.sde != model.sde:
@@ -393,7 +284,7 @@ def clip_x0(model: Model, low: float = -1.0, high: float = 1.0) -> Model:
     Raises:
         TypeError, ValueError: not a model of a GaussianSDE, or not low < high.
     """
-    _check(model, 1.0)
+    check_guidance(model, 1.0)
     _ = model.gaussian
     if not low < high:
         raise ValueError(f"expected low < high, got {low!r} and {high!r}")
@@ -409,7 +300,7 @@ def dynamic_threshold(model: Model, quantile: float = 0.995, floor: float = 1.0)
     Raises:
         TypeError, ValueError: not a model of a GaussianSDE, a quantile outside (0, 1], or floor not positive.
     """
-    _check(model, 1.0)
+    check_guidance(model, 1.0)
     _ = model.gaussian
     if not 0 < quantile <= 1:
         raise ValueError(f"expected quantile in (0, 1], got {quantile!r}")
@@ -441,7 +332,7 @@ def strength(scale: Scale, t: Tensor) -> Tensor:
     return value
 
 
-def _check(model: object, scale: object, **functions: object) -> None:
+def check_guidance(model: object, scale: object, **functions: object) -> None:
     if not isinstance(model, Model):
         raise TypeError(f"expected a Model, got {type(model).__name__}; wrap the network: sf.Model(net, sde, ...)")
     for name, function in functions.items():

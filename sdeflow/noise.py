@@ -24,9 +24,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sdeflow.bridge import Walk
 
-PATH, PRIOR, CORRECTOR, DATA, RESTART, AREA, CHURN, WEAK = 0, 1, 2, 3, 4, 5, 6, 7
+PATH, PRIOR, CORRECTOR, DATA, RESTART, AREA, CHURN, WEAK, OBSERVED = 0, 1, 2, 3, 4, 5, 6, 7, 8
 """Streams: the driving path, the prior, Langevin correctors, draws of a problem's data, restarts, the path with its
-areas, noise added back by churn, and the two-point variables of weak methods."""
+areas, noise added back by churn, the two-point variables of weak methods, and noise added to observations."""
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
