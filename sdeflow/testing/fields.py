@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.sde import SDE
+from sdeflow.testing.chart import Chart
 
 LogDensity = Callable[[Tensor, Tensor], Tensor]
 """log p_t(x) of x (n, *event) at t, (n,)."""
@@ -159,22 +160,11 @@ def trial_density(d: int, domain: tuple[float, float], seed: int = 0) -> LogDens
     roots = 0.4 * torch.randn(3, d, d, generator=generator, dtype=torch.float64) + 0.8 * torch.eye(d)
     precisions = roots @ roots.mT + 0.2 * torch.eye(d)
     log_weights = torch.log_softmax(torch.randn(3, generator=generator, dtype=torch.float64), 0)
-    low, high = domain
+    chart = Chart(domain)
 
     def log_density(x: Tensor, t: Tensor) -> Tensor:
-        flat = x.flatten(1)
-        if math.isinf(low) and math.isinf(high):
-            z, size = flat, torch.zeros_like(flat)
-        elif math.isinf(high):
-            z = torch.log(flat - low)
-            size = -z
-        elif math.isinf(low):
-            z = torch.log(high - flat)
-            size = -z
-        else:
-            share = (flat - low) / (high - low)
-            z = torch.log(share) - torch.log1p(-share)
-            size = -torch.log(share) - torch.log1p(-share)
+        z = chart.place(x.flatten(1))
+        size = -torch.log(chart.slopes(z)[0].abs())
         y = z.unsqueeze(1) - centres
         logits = log_weights + 0.5 * torch.logdet(precisions) - 0.5 * (times(precisions, y) * y).sum(-1)
         return torch.logsumexp(logits, 1) + size.sum(1)
