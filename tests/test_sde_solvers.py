@@ -37,7 +37,7 @@ from sdeflow.solvers import (
     StochasticHeun,
 )
 from sdeflow.solvers.stochastic import StochasticSolver, root, size
-from sdeflow.solvers.stochastic_rk import SRA, SRA1_TABLEAU, SRA3_TABLEAU, SRI1W1_TABLEAU
+from sdeflow.solvers.stochastic_rk import SRA, SRA1_TABLEAU, SRA3_TABLEAU
 from tests.exact import F64, random_mixture, slope
 
 SEED, PATHS = 7, 400
@@ -59,6 +59,32 @@ def quick(row):
 
 
 # ---- tableaus
+
+
+@dataclasses.dataclass(frozen=True)
+class DiagonalTableau:
+    """A method SRI of Rossler 2010, section 5, as printed there."""
+
+    alpha: tuple
+    a0: tuple
+    b0: tuple
+    c0: tuple
+    a1: tuple
+    b1: tuple
+    c1: tuple
+    beta1: tuple
+    beta2: tuple
+    beta3: tuple
+    beta4: tuple
+
+
+# table 5.2, which `SRIW1` has written out; X_3 = X_4 = x have no weight in x' and stand for X_1 in Y_4
+SRI1W1_TABLEAU = DiagonalTableau(
+    alpha=(1 / 3, 2 / 3), a0=((), (3 / 4,)), b0=((), (3 / 2,)), c0=(0, 3 / 4),
+    a1=((), (1 / 4,), (1,), (1 / 4,)), b1=((), (1 / 2,), (-1,), (-5, 3, 1 / 2)), c1=(0, 1 / 4, 1, 1 / 4),
+    beta1=(-1, 4 / 3, 2 / 3, 0), beta2=(-1, 4 / 3, -1 / 3, 0),
+    beta3=(2, -4 / 3, -2 / 3, 0), beta4=(-2, 5 / 3, -2 / 3, 1),
+)  # fmt: skip
 
 
 def exactly(rows, width):
@@ -1726,3 +1752,41 @@ def test_modes_without_gradients(solver, kind, mode):
     assert graph.requires_grad
     assert not plain.requires_grad
     torch.testing.assert_close(plain.clone(), graph.detach(), rtol=1e-12, atol=1e-12)
+
+
+def tableau_step(table, f, g, x, t, h, w, area):
+    """A step of the method SRI of a tableau, term by term."""
+    r, j = math.sqrt(h), 0.5 * w + area
+    integrals = (w, (w * w - h) / (2 * r), j, (w**3 - 3 * h * w) / (6 * h))
+    drift = f(x, t)
+    values = []
+    for a, b, c in zip(table.a1, table.b1, table.c1, strict=True):
+        y = x + h * sum(a) * drift + r * sum((v * u for v, u in zip(b, values, strict=False)), torch.zeros_like(x))
+        values.append(g(y, t + c * h))
+    stage = x + h * table.a0[1][0] * drift + table.b0[1][0] * values[0] * j
+    new = x + h * (table.alpha[0] * drift + table.alpha[1] * f(stage, t + table.c0[1] * h))
+    for beta, integral in zip((table.beta1, table.beta2, table.beta3, table.beta4), integrals, strict=True):
+        new = new + sum(v * u for v, u in zip(beta, values, strict=True)) * integral
+    return new
+
+
+def test_sriw1_written_out_is_its_tableau():
+    """The step's combinations share terms; the tableau, term by term, does not. A changed entry is seen."""
+
+    class Wave(sf.SDE):
+        def drift(self, x, t):
+            return torch.sin(x) * (1 + t)
+
+        def diffusion(self, x, t):
+            return 0.4 * torch.cos(x) + 0.2 * t
+
+    sde, x, h = Wave(), torch.linspace(-1, 1, 5, dtype=F64)[:, None], 0.25
+    walk = sf.Noise(1, 5).walk(torch.tensor([0.0, h], dtype=F64), (1,), F64, areas=True)
+    w, area = walk(0)
+    got = sf.solve(sde, x, SRIW1(), grid=[0.0, h], seed=1).x
+    t = torch.tensor(0.0, dtype=F64)
+    torch.testing.assert_close(
+        got, tableau_step(SRI1W1_TABLEAU, sde.drift, sde.diffusion, x, t, h, w, area), rtol=0, atol=1e-14
+    )
+    wrong = dataclasses.replace(SRI1W1_TABLEAU, b1=((), (1 / 2,), (-1,), (-5, 3, 0.49)))
+    assert float((got - tableau_step(wrong, sde.drift, sde.diffusion, x, t, h, w, area)).abs().max()) > 1e-5

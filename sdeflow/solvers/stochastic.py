@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -201,15 +200,6 @@ class GridRun:
 def plus(x: Tensor, c: H, y: Tensor) -> Tensor:
     """x + c y, in one operation where c is a number."""
     return x + c * y if isinstance(c, Tensor) else torch.add(x, y, alpha=c)
-
-
-def combination(coefficients: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
-    """sum_i c_i y_i over the c_i that are not 0 (at least one)."""
-    used = [(c, y) for c, y in zip(coefficients, terms, strict=True) if c != 0]
-    total = used[0][0] * used[0][1]
-    for c, y in used[1:]:
-        total.add_(y, alpha=c)
-    return total
 
 
 def size(h: H) -> H:

@@ -43,39 +43,6 @@ SRA3_TABLEAU = AdditiveTableau(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class DiagonalTableau:
-    """A method SRI: with I = W, J = I_(1,0)/h, K = I_(1,1)/sqrt(h), M = I_(1,1,1)/h,
-
-        X_i = x + h sum_j a0[i][j] f(X_j, t + c0[j] h) + sum_j b0[i][j] G(Y_j, t + c1[j] h) J,
-        Y_i = x + h sum_j a1[i][j] f(X_j, t + c0[j] h) + sqrt(h) sum_j b1[i][j] G(Y_j, t + c1[j] h),
-        x' = x + h sum_i alpha[i] f(X_i) + sum_i G(Y_i) (beta1[i] I + beta2[i] K + beta3[i] J + beta4[i] M).
-
-    (Rossler 2010, section 5.) Stages X of an empty row at c0 = 0 are x, evaluated once.
-    """
-
-    alpha: tuple[float, ...]
-    a0: Rows
-    b0: Rows
-    c0: tuple[float, ...]
-    a1: Rows
-    b1: Rows
-    c1: tuple[float, ...]
-    beta1: tuple[float, ...]
-    beta2: tuple[float, ...]
-    beta3: tuple[float, ...]
-    beta4: tuple[float, ...]
-
-
-SRI1W1_TABLEAU = DiagonalTableau(
-    alpha=(1 / 3, 2 / 3), a0=((), (3 / 4,)), b0=((), (3 / 2,)), c0=(0, 3 / 4),
-    a1=((), (1 / 4,), (1,), (1 / 4,)), b1=((), (1 / 2,), (-1,), (-5, 3, 1 / 2)), c1=(0, 1 / 4, 1, 1 / 4),
-    beta1=(-1, 4 / 3, 2 / 3, 0), beta2=(-1, 4 / 3, -1 / 3, 0),
-    beta3=(2, -4 / 3, -2 / 3, 0), beta4=(-2, 5 / 3, -2 / 3, 1),
-)  # fmt: skip
-"""SRI1W1, as `SRIW1` has it written out. Its stages X_3 = X_4 = x have no weight in x' and stand for X_1 in Y_4."""
-
-
 def _at(t: Tensor, c: float, h: H) -> Tensor:
     return t if c == 0 else t + c * h
 
