@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 
@@ -57,7 +57,9 @@ def train_command(
     labels: Annotated[bool, typer.Option("--labels", help="Train on the data's labels too, for guidance.")] = False,
     net: Annotated[str, typer.Option(help="mlp, or unet for images.")] = "mlp",
     width: Annotated[int | None, typer.Option(help="Of the network; its default unless given.", min=8)] = None,
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16 (autocast).")] = "float32",
+    precision: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="float32 or bfloat16 (autocast).")
+    ] = "float32",
     save_every: Annotated[int, typer.Option(help="Steps between states kept for going on.", min=1)] = 500,
 ) -> None:
     """Train a small network on DATA and write it to the folder OUT.
@@ -86,7 +88,7 @@ def train_command(
         out.mkdir(parents=True, exist_ok=True)
         model, history = train(
             model, images, labels=known if labels else None, steps=steps, batch=batch, lr=lr, seed=seed,
-            precision=precision, save=run, save_every=save_every, on_row=write, progress=True,  # type: ignore[arg-type]
+            precision=precision, save=run, save_every=save_every, on_row=write, progress=True,
         )  # fmt: skip
         if int(os.environ.get("RANK", "0")) == 0:
             write(history)

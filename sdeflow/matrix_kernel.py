@@ -246,7 +246,7 @@ def propagate(field: Field, start: Tensor, end: Tensor, *, method: Method) -> Li
         middle = 0.5 * (a + b)
         a, b = torch.cat([a, middle]), torch.cat([middle, b])
         owner, depth = owner.repeat(2), depth.repeat(2) + 1
-    owners, starts = (torch.cat([part[i] for part in done]) for i in (0, 1))  # type: ignore[misc]
+    owners, starts = torch.cat([part[0] for part in done]), torch.cat([part[1] for part in done])
     panels = LinearKernel(*(torch.cat(v) for v in zip(*(part[2] for part in done), strict=True)))
     return _by_owner(panels, owners, torch.where(end < start, -1.0, 1.0)[owners] * starts, len(start))
 

@@ -40,7 +40,8 @@ class EDMPreconditioned(nn.Module):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of one sample."""
-        return self.net.shape  # type: ignore[return-value]
+        inner: Any = self.net
+        return inner.shape
 
     @property
     def config(self) -> dict[str, Any]:
