@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import torch
 
@@ -57,9 +57,7 @@ def train_command(
     labels: Annotated[bool, typer.Option("--labels", help="Train on the data's labels too, for guidance.")] = False,
     net: Annotated[str, typer.Option(help="mlp, or unet for images.")] = "mlp",
     width: Annotated[int | None, typer.Option(help="Of the network; its default unless given.", min=8)] = None,
-    precision: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="float32 or bfloat16 (autocast).")
-    ] = "float32",
+    precision: Annotated[Literal[float32, bfloat16], typer.Option(help="float32 or bfloat16 (autocast).")] = "float32",
     save_every: Annotated[int, typer.Option(help="Steps between states kept for going on.", min=1)] = 500,
 ) -> None:
     """Train a small network on DATA and write it to the folder OUT.
@@ -75,6 +73,7 @@ def train_command(
     command += f" --precision {precision}" if precision != "float32" else ""
     torch.set_num_threads(threads)
     run = out / "run.safetensors"
+    kind: Any = precision  # `train` refuses what it does not know
 
     def write(rows: list[dict[str, float]]) -> None:
         write_atomically(out / "train.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -88,7 +87,7 @@ def train_command(
         out.mkdir(parents=True, exist_ok=True)
         model, history = train(
             model, images, labels=known if labels else None, steps=steps, batch=batch, lr=lr, seed=seed,
-            precision=precision, save=run, save_every=save_every, on_row=write, progress=True,
+            precision=kind, save=run, save_every=save_every, on_row=write, progress=True,
         )  # fmt: skip
         if int(os.environ.get("RANK", "0")) == 0:
             write(history)
