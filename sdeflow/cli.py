@@ -57,7 +57,7 @@ def train_command(
     labels: Annotated[bool, typer.Option("--labels", help="Train on the data's labels too, for guidance.")] = False,
     net: Annotated[str, typer.Option(help="mlp, or unet for images.")] = "mlp",
     width: Annotated[int | None, typer.Option(help="Of the network; its default unless given.", min=8)] = None,
-    precision: Annotated[Literal[float32, bfloat16], typer.Option(help="float32 or bfloat16 (autocast).")] = "float32",
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16 (autocast).")] = "float32",
     save_every: Annotated[int, typer.Option(help="Steps between states kept for going on.", min=1)] = 500,
 ) -> None:
     """Train a small network on DATA and write it to the folder OUT.
