@@ -112,6 +112,22 @@ def w2_gaussian(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> flo
     return math.sqrt(max(0.0, float(square)))
 
 
+def frechet(x: Tensor, y: Tensor) -> float:
+    """The Frechet distance of features x (n, k) and y (m, k): W2^2 of the Gaussians with their moments.
+
+    (Heusel et al. 2017, GANs trained by a two time-scale update rule, equation 6.) Float64. It is biased upwards by
+    about k/n + k/m times the variance of a feature: compare equal numbers of samples, and with the distance of two
+    sets of data.
+
+    Raises:
+        ValueError: not two tables of the same features, with more than one row each.
+    """
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
+        raise ValueError(f"expected features (n, k) and (m, k), n, m >= 2, got {tuple(x.shape)} and {tuple(y.shape)}")
+    (m1, c1), (m2, c2) = ((v.to(torch.float64).mean(0), torch.cov(v.to(torch.float64).T)) for v in (x, y))
+    return w2_gaussian(m1, c1.reshape(x.shape[1], -1), m2, c2.reshape(x.shape[1], -1)) ** 2
+
+
 def _square_root(c: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(0.5 * (c + c.mT))
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
