@@ -38,7 +38,10 @@ class Increment(NamedTuple):
 
 
 class Walk(Protocol):
-    """`walk(k)`: the increment over the k-th interval of a grid; k in order, some may be left out."""
+    """`walk(k)`: the increment over the k-th interval of a grid; made for k in order, some may be left out.
+
+    Any other order gives the same numbers: going back costs a way down from the root of the tree.
+    """
 
     lengths: Tensor
     """The lengths (variances of W) of the intervals, float64 (steps,)."""

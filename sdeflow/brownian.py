@@ -38,15 +38,17 @@ class TreeWalk:
         self._span = float(clock[-1])
         self._ticks = _ticks(clock, 0.0, self._span)
         # the intervals still ahead, the nearest last: (level, position, increment)
-        self._ahead: list[tuple[int, int, Increment]] = [(0, 0, self._normals.root(self._span))]
-        self._k, self._last = -1, self._ahead[0][2]
+        self._root = (0, 0, self._normals.root(self._span))
+        self._ahead: list[tuple[int, int, Increment]] = [self._root]
+        self._k, self._last = -1, self._root[2]
 
     def __call__(self, k: int) -> Increment:
-        while self._k < k:
-            self._k += 1
-            self._last = self._until(self._ticks[self._k + 1])
-        if k < self._k:
-            raise RuntimeError("a walk along a path goes forwards")
+        if k < self._k:  # back, by way of the root
+            self._ahead, self._k = [self._root], -1
+        if k > self._k:
+            if k > self._k + 1:
+                self._until(self._ticks[k])
+            self._k, self._last = k, self._until(self._ticks[k + 1])
         w, h = self._last
         return only_row(Increment(w.to(self._dtype), h.to(self._dtype) if self._areas and h is not None else None))
 

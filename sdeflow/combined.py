@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdeflow.model import Counter, Model, _parameters
+from sdeflow.model import Counter, Model, _parameters, row_of
 from sdeflow.sde import SDE, checked_shape
 
 
@@ -83,13 +83,17 @@ class Guided(Model):
     def bind(self, **conditions: Any) -> Model:
         """The same model with conditions passed to every part that takes them.
 
-        The unconditional model of `classifier_free` keeps what it was bound to before: its null condition.
+        The unconditional model of `classifier_free` keeps what it was bound to before: its null condition. A name that
+        `conditions` has, such as "unconditional.label" or "observed", replaces that one alone.
 
         Raises:
             TypeError: no part takes a condition of that name.
         """
         merged = dict(self.conditions)
         for key, value in conditions.items():
+            if key in self.conditions:
+                merged[key] = value
+                continue
             taken = [name for name in self.net.parts if self._takes(name, key)]
             if not taken:
                 raise TypeError(f"no part of {self!r} takes {key}: its parts are {', '.join(self.net.parts)}")
@@ -113,6 +117,20 @@ class Guided(Model):
             return any(part._takes(inner, key) for inner in part.net.parts)
         accepted = _parameters(part.net if isinstance(part, Model) else part)
         return accepted is None or key in accepted
+
+
+def x0_of(model: Model, x: Tensor, t: Tensor, value: Tensor) -> Tensor:
+    """E[x_0 | x_t = x] from the model's own prediction `value` at x and aligned t, to be differentiated in x.
+
+    Raises:
+        ValueError: `value` records no gradient. x_0 = p x + q value still does, so that it would be a wrong one.
+    """
+    if not value.requires_grad:
+        raise ValueError(
+            "the model's prediction does not depend on x by torch operations: its gradient is needed, and the network "
+            "detaches x or runs under no_grad"
+        )
+    return model.convert(x, t, value, row_of("x0", model.gaussian, t))
 
 
 def usable_time(value: Any) -> Any:

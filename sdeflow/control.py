@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
 from torch import Tensor
 
+from sdeflow.attempt import Attempt, Progress, finite
+from sdeflow.dense import DenseOutput
 from sdeflow.noise import Noise
 from sdeflow.pid import PID
 from sdeflow.sde import Problem, checked_shape
 from sdeflow.solution import Solution, State, Stats, Status
-from sdeflow.solvers.base import Pair, Solver, per_row
+from sdeflow.solvers.base import Pair, Solver, Stepper
 
 
 class FixedGrid:
@@ -24,6 +29,21 @@ class FixedGrid:
         self._kept = {0: x} if 0 in self._save else {}
         self._noise = noise
         self._x, self._i = x, 0
+
+    @property
+    def stepper(self) -> Stepper:
+        """What makes the steps."""
+        return self._stepper
+
+    @property
+    def saved(self) -> list[int]:
+        """The grid's indices whose states are saved, in order."""
+        return sorted(self._save)
+
+    @property
+    def grid(self) -> Tensor:
+        """float64 (steps + 1,)."""
+        return self._grid
 
     @property
     def state(self) -> State:
@@ -56,12 +76,17 @@ _KEEP = 8
 """Finished samples leave the batch in such numbers that it stays a multiple of this: matrix
 products then use the same kernel, so that who finishes first does not change the others' bits."""
 
+_UNSEEN = 8
+"""Attempts at most between two looks of the host at who has ended."""
+
 
 class Adaptive:
     """The march of an embedded pair with one time and one step size a sample.
 
-    Rejected samples keep their state; finished and failed ones leave the batch, so that they
-    neither cost model calls nor touch the others.
+    Rejected samples keep their state; finished and failed ones are frozen at once, and leave the batch when the host
+    next looks, so that they neither cost model calls nor touch the others. It looks after 1, 2, 4 and then every 8
+    attempts, and oftener towards the end: no later than after a quarter of the steps that the slowest sample would
+    still take at its present size.
     """
 
     def __init__(
@@ -73,167 +98,132 @@ class Adaptive:
         control: PID,
         save: Tensor | None,
     ) -> None:
-        self._pair, self._control, self._span = pair, control, t_span
-        self._start, self._end = (pair.clock(problem, t) for t in t_span)
-        self._sign = 1.0 if self._end > self._start else -1.0
+        start, end = (pair.clock(problem, t) for t in t_span)
+        self._pair, self._control = pair, control
+        self._attempt = Attempt(pair, control, start, end, x.device)
         self._problem = self._whole = problem
         batch, device = x.shape[0], x.device
 
         def per_sample(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.full((batch,), value, dtype=dtype, device=device)
 
-        # of all samples, in the caller's order
         # 16-bit states are stepped in float32: their 8 to 11 bits would swallow the increments
         self._dtype = x.dtype
         x = x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
-        self._x, self._t = x, per_sample(self._start)
-        self._status = per_sample(-1, torch.int64)
-        self._nfe, self._accepted, self._rejected = (per_sample(0, torch.int64) for _ in range(3))
         self._save = save
-        self._saved = (
-            None if save is None else torch.full((save.numel(), *x.shape), torch.nan, dtype=x.dtype, device=device)
-        )
-        self._calls = self._attempts = 0
-        # of the samples still in the batch
-        self._rows = torch.arange(batch, device=device)
-        self._live = torch.ones(batch, dtype=torch.bool, device=device)
-        self._y, self._s = x, per_sample(self._start)
-        self._k = self._evaluate(self._y, self._s)
+        self._dense = None if save is None else DenseOutput(pair, save, x, start, 1.0 if end > start else -1.0)
+        self._calls = 0
+        s, running = per_sample(start), per_sample(True, torch.bool)
+        k = self._evaluate(x, s)
         with torch.no_grad():
-            self._h = pair.first_step(self._evaluate, control.norm, self._y, self._s, self._k, self._end - self._start)
-        self._error = per_sample(1.0)
-        if self._saved is not None:
-            self._record_start(x)
+            h = pair.first_step(self._evaluate, control.norm, x, s, k, end - start)
+        self._cost = [self._calls]
+        """Evaluations before the first attempt, and of each attempt: all who still ran took part in them."""
+        # of the samples still in the batch, and of all in the caller's order as they were when somebody last left
+        self._rows = torch.arange(batch, device=device)
+        self._now = Progress(
+            x, s, k, h, per_sample(1.0), running, per_sample(0, torch.int64), per_sample(0, torch.int64)
+        )
+        self._all = self._now
+        self._status = per_sample(-1, torch.int64)
+        self._running, self._unseen, self._look = batch, 0, 1
 
     # ---- the march
 
     @property
     def state(self) -> State:
-        times = self._pair.time(self._problem, self._clocks())
-        return State(self._all_states().to(self._dtype), times, self._attempts, None)
+        reached = self._merged()
+        return State(reached.y.to(self._dtype), self._pair.time(self._whole, reached.s), self._attempts, None)
 
     @property
     def done(self) -> bool:
-        return self._rows.numel() == 0
+        return self._running == 0
+
+    @property
+    def _attempts(self) -> int:
+        return len(self._cost) - 1
 
     def advance(self) -> None:
         """One attempted step of every sample in the batch."""
-        left = self._end - self._s
-        last = self._h >= left.abs() * (1 - 1e-12)
-        h = torch.where(last, left, self._sign * self._h)
-        y, errors, last_slope, stages = self._pair.attempt(self._evaluate, self._problem, self._y, self._s, h, self._k)
-        accept_error = self._pair.size([self._control.norm(e, self._y, y) for e in errors])
-        finite = torch.isfinite(accept_error)
-        accept = self._live & finite & (accept_error <= 1)
-        t = torch.where(last, torch.full_like(self._s, self._end), self._s + h)
-        self._attempts += 1
-        self._count(accept)
-        if self._saved is not None:
-            self._record(accept, t, h, stages)
-
-        previous = torch.clamp(self._error, min=1e-4)
-        factor = self._control.factor(torch.where(finite, accept_error, 1.0), previous, self._pair.order)
-        # a rejected step never grows; a non-finite one says nothing of the error, so it is quartered
-        factor = torch.where(accept, factor, torch.clamp(factor, max=1.0))
-        factor = torch.where(finite, factor, 0.25)
-        self._h = torch.where(accept & last, self._h, h.abs() * factor)
-        self._error = torch.where(accept, accept_error, self._error)
-
-        mask = per_row(accept, y)
-        self._y = torch.where(mask, y, self._y)
-        self._s = torch.where(accept, t, self._s)
-        if last_slope is None:  # the pair does not evaluate at its result
-            last_slope = self._evaluate(self._y, self._s) if bool(accept.any()) else self._k
-        self._k = torch.where(mask, last_slope, self._k)
-        self._retire()
+        before = self._calls
+        self._now, step = self._attempt(self._evaluate, self._problem, self._now)
+        self._cost.append(self._calls - before)
+        if self._dense is not None:
+            self._dense.add(self._attempts, step)
+        self._unseen += 1
+        if self._unseen >= self._look or self._attempts == self._control.max_steps:
+            self._review()
 
     def solution(self) -> Solution:
+        reached = self._merged()
+        steps, accepted = reached.steps.cpu(), reached.accepted.cpu()
         return Solution(
-            x=self._x.to(self._dtype),
+            x=reached.y.to(self._dtype),
             ts=self._save,
-            xs=None if self._saved is None else self._saved.to(self._dtype),
+            xs=None if self._dense is None else self._dense.values.to(self._dtype),
             status=self._status.cpu(),
             stats=Stats(
-                nfe=self._nfe.cpu(),
-                steps=(self._accepted + self._rejected).cpu(),
-                accepted=self._accepted.cpu(),
-                rejected=self._rejected.cpu(),
+                nfe=torch.tensor(list(itertools.accumulate(self._cost)))[steps],
+                steps=steps,
+                accepted=accepted,
+                rejected=steps - accepted,
                 calls=self._calls,
             ),
         )
 
     def _evaluate(self, x: Tensor, s: Tensor) -> Tensor:
-        """One evaluation of the batch, counted for the samples still running."""
+        """One evaluation of the batch."""
         self._calls += 1
-        self._nfe[self._rows] += self._live.to(torch.int64)
-        state = x.to(self._dtype)
-        return checked_shape(self._pair.evaluate(self._problem, state, s), state, "the drift").to(x.dtype)
+        state = x if x.dtype == self._dtype else x.to(self._dtype)
+        value = checked_shape(self._pair.evaluate(self._problem, state, s), state, "the drift")
+        return value if value.dtype == x.dtype else value.to(x.dtype)
 
     # ---- who is still in the batch
 
-    def _count(self, accept: Tensor) -> None:
-        self._accepted[self._rows] += accept.to(torch.int64)
-        self._rejected[self._rows] += (self._live & ~accept).to(torch.int64)
+    def _review(self) -> None:
+        """See who has ended since the last look: give them a status and let them leave the batch."""
+        if self._dense is not None:
+            before = self._calls
+            asked = self._dense.flush(self._rows, self._evaluate)
+            for attempt in asked:
+                self._cost[attempt] += (self._calls - before) // len(asked)
+        now, smallest = self._now, self._attempt.smallest
+        # nobody fails of too short a step before so many attempts that divide it by 5, or 4
+        to_end = (self._attempt.end - now.s).abs() / now.h / 4
+        to_end = torch.minimum(to_end, torch.log(now.h / smallest) / math.log(1 / self._control.shrink))
+        longest = torch.where(now.running, to_end, 0.0).amax()
+        count, attempts_left = torch.stack([now.running.sum(), longest]).tolist()
+        running, out_of_steps = int(count), self._attempts >= self._control.max_steps
+        self._unseen, self._look = 0, max(1, min(2 * self._look, _UNSEEN, int(min(attempts_left, _UNSEEN))))
+        if running == self._running and not out_of_steps:
+            return
+        self._running = 0 if out_of_steps else running
+        self._status = self._status.index_copy(0, self._rows, self._verdict(out_of_steps))
+        keep = min(-(-self._running // _KEEP) * _KEEP, self._rows.numel())
+        if keep < self._rows.numel():
+            self._leave(keep)
 
-    def _retire(self) -> None:
-        """Give finished and failed samples their status and let them leave the batch."""
-        attempts = (self._accepted + self._rejected)[self._rows]
-        underflow = self._h < 1e-14 * max(abs(self._start), abs(self._end))
-        stuck = ~torch.isfinite(self._k.detach()).reshape(self._k.shape[0], -1).all(1)
-        verdict = torch.full_like(self._rows, -1)
-        verdict[attempts >= self._control.max_steps] = Status.STEP_LIMIT
-        verdict[underflow] = Status.STEP_UNDERFLOW
-        verdict[stuck] = Status.NON_FINITE
-        verdict[self._s == self._end] = Status.FINISHED
-        ended = self._live & (verdict >= 0)
-        if not bool(ended.any()):
-            return
-        self._status[self._rows[ended]] = verdict[ended]
-        self._write_back()
-        self._live = self._live & ~ended
-        alive = int(self._live.sum())
-        keep = 0 if alive == 0 else min(-(-alive // _KEEP) * _KEEP, self._rows.numel())
-        if keep == self._rows.numel():
-            return
-        # the live samples, in order, and enough ended ones to fill the batch
-        order = torch.argsort((~self._live).to(torch.int8), stable=True)[:keep].sort().values
-        self._rows, self._live = self._rows[order], self._live[order]
-        self._y, self._k = self._y[order], self._k[order]
-        self._s, self._h, self._error = self._s[order], self._h[order], self._error[order]
+    def _verdict(self, out_of_steps: bool) -> Tensor:
+        """The status of each sample of the batch, -1 while it runs. The frozen are what they were when they ended."""
+        now = self._now
+        verdict = torch.full_like(self._rows, int(Status.STEP_UNDERFLOW))
+        verdict = torch.where(finite(now.k), verdict, int(Status.NON_FINITE))
+        verdict = torch.where(now.s == self._attempt.end, int(Status.FINISHED), verdict)
+        return torch.where(now.running, int(Status.STEP_LIMIT) if out_of_steps else -1, verdict)
+
+    def _leave(self, keep: int) -> None:
+        """Shrink the batch to the running samples, in order, and enough ended ones to fill it."""
+        self._all = self._merged()
+        if keep == 0:
+            order = self._rows[:0]
+        else:
+            order = torch.argsort((~self._now.running).to(torch.int8), stable=True)[:keep].sort().values
+        self._rows = self._rows[order]
+        self._now = Progress(*(value[order] for value in self._now))
         self._problem = self._whole.take(self._rows)
 
-    def _write_back(self) -> None:
-        self._x = self._all_states()
-        self._t = self._clocks()
-
-    def _all_states(self) -> Tensor:
-        rows = self._rows[self._live]
-        return self._x if rows.numel() == 0 else self._x.index_copy(0, rows, self._y[self._live])
-
-    def _clocks(self) -> Tensor:
-        return self._t.index_copy(0, self._rows[self._live], self._s[self._live])
-
-    # ---- saved times
-
-    def _record_start(self, x: Tensor) -> None:
-        assert self._save is not None
-        assert self._saved is not None
-        self._saved[self._save == self._start] = x
-
-    def _record(self, accept: Tensor, t: Tensor, h: Tensor, stages: list[Tensor]) -> None:
-        """Dense output at the saved times that this step passed."""
-        assert self._save is not None
-        assert self._saved is not None
-        passed = accept & (self._s != t)
-        inside = [
-            (j, at, passed & (self._sign * (at - self._s) > 0) & (self._sign * (t - at) >= 0))
-            for j, at in enumerate(self._save.tolist())
-        ]
-        inside = [(j, at, here) for j, at, here in inside if bool(here.any())]
-        if not inside:
-            return
-        stages = self._pair.dense_stages(self._evaluate, self._y, self._s, h, stages)
-        for j, at, here in inside:
-            theta = ((at - self._s) / h)[here]
-            part = [k[here] for k in stages]
-            self._saved[j, self._rows[here]] = self._pair.interpolate(self._y[here], h[here], theta, part)
+    def _merged(self) -> Progress:
+        """All samples as they are now, in the caller's order."""
+        return Progress(
+            *(whole.index_copy(0, self._rows, part) for whole, part in zip(self._all, self._now, strict=True))
+        )

@@ -25,6 +25,7 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor
 
+from sdeflow.model import Model
 from sdeflow.noise import Noise
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sde import ODE, checked_shape
@@ -179,6 +180,9 @@ class FlowWithDivergence(ODE):
         part = copy.copy(self)
         part.flow, part.probes = self.flow.take(rows), self.probes[rows]
         return part
+
+    def models(self) -> tuple[Model, ...]:
+        return self.flow.models()
 
     def check_batch(self, batch: int) -> None:
         self.flow.check_batch(batch)

@@ -180,20 +180,22 @@ class GridWalk:
         root, span = self._normals.root(self._tables.span), self._tables.span
         rate = root.w.mul_(self._tables.unit / span if span > 0 else 1.0)
         # the nodes ahead in runs of neighbours, the nearest run last: (ends, what they hold)
-        self._ahead = [(np.array([0, count]), Increment(rate, root.h))]
+        self._root = (np.array([0, count]), Increment(rate, root.h))
+        self._ahead = [self._root]
         self._start = self._end = self._blocks = 0
         self._lent: dict[tuple[str, int], Tensor] = {}
         self._block: tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None] = ((), None)
 
     def __call__(self, k: int) -> Increment:
+        if k < self._start:  # back: from the root down to the block of k, and no other
+            self._ahead, self._start, self._end = [self._root], 0, 0
         while k >= self._end:
-            self._next_block()
-        if k < self._start:
-            raise RuntimeError("a walk along a path goes forwards")
+            self._next_block(k)
         w, h = self._block
         return Increment(w[k - self._start], None if h is None else h[k - self._start])
 
-    def _next_block(self) -> None:
+    def _next_block(self, k: int) -> None:
+        """The block of k, or one ahead of it; blocks are cut the same way however they are come by."""
         while True:
             ends, whole = self._ahead.pop()
             # as many nodes as fit in a block, at least one
@@ -201,6 +203,8 @@ class GridWalk:
             if fits < len(ends) - 1:
                 self._ahead.append((ends[fits:], rows_of(whole, slice(fits, None))))
                 ends, whole = ends[: fits + 1], rows_of(whole, slice(0, fits))
+            if ends[-1] <= k:
+                continue
             plan = _expansion(tuple(np.diff(ends).tolist()), self._group, self._size)
             start, end = int(ends[0]), int(ends[-1])
             leaves = end - start == len(plan.ends) - 1

@@ -12,8 +12,9 @@ so that guidance is added in the prediction the network was trained for.
 
 Conditions stay with the part they belong to: a guided model holds them as "model.label", "unconditional.label", ...,
 with one row a sample, and `take` and `check_batch` treat them as those of any model. `nfe` counts calls of networks,
-so a classifier-free evaluation counts 2 where both networks are called; the statistics of a solve count evaluations
-of the model, one however many networks it asks.
+so a classifier-free evaluation counts 2 where both networks are called. In the statistics of a solve `nfe` and `calls`
+count evaluations of the guided model, one however many networks it asks, and `network_calls` what it asked. A function
+that is no `Model`, such as a classifier, is not counted.
 """
 
 from __future__ import annotations
@@ -247,7 +248,7 @@ def classifier_free(
     if interval_in not in ("sigma", "t"):
         raise ValueError(f'expected interval_in "sigma" or "t", got {interval_in!r}')
     if interval is not None:
-        if len(interval) != 2 or not interval[0] < interval[1]:
+        if not isinstance(interval, (tuple, list)) or len(interval) != 2 or not _increase(*interval):
             raise ValueError(f"expected interval as (low, high) with low < high, got {interval!r}")
         if interval_in == "sigma":
             _ = model.gaussian
@@ -286,7 +287,7 @@ def clip_x0(model: Model, low: float = -1.0, high: float = 1.0) -> Model:
     """
     check_guidance(model, 1.0)
     _ = model.gaussian
-    if not low < high:
+    if not _increase(low, high):
         raise ValueError(f"expected low < high, got {low!r} and {high!r}")
     return Guided(_Threshold(model, lambda x0: x0.clamp(low, high)), model.sde, "x0")
 
@@ -309,7 +310,7 @@ def dynamic_threshold(model: Model, quantile: float = 0.995, floor: float = 1.0)
 
     def clip(x0: Tensor) -> Tensor:
         # by sorting: torch.quantile refuses more than 2^24 numbers, a batch of images
-        size = x0.abs().flatten(1).sort(dim=1).values
+        size = x0.abs().reshape(len(x0), -1).sort(dim=1).values
         place = quantile * (size.shape[1] - 1)
         low, high = math.floor(place), math.ceil(place)
         s = torch.lerp(size[:, low], size[:, high], place - low).clamp(min=floor)
@@ -330,6 +331,11 @@ def strength(scale: Scale, t: Tensor) -> Tensor:
             f"expected scale(t) of the shape of t, {tuple(t.shape)}, or a number; got {tuple(value.shape)}"
         )
     return value
+
+
+def _increase(low: object, high: object) -> bool:
+    """Whether these are two numbers, the first below the second."""
+    return isinstance(low, (int, float)) and isinstance(high, (int, float)) and low < high
 
 
 def check_guidance(model: object, scale: object, **functions: object) -> None:

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdeflow.combined import Guided, usable_time
+from sdeflow.combined import Guided, usable_time, x0_of
 from sdeflow.guidance import Scale, WithScore, check_guidance
-from sdeflow.model import Model, row_of
+from sdeflow.model import Model
 from sdeflow.observations import LinearObservation, check_fit, check_observation, matrix_of
 from sdeflow.problems import Gaussian, GaussianMixture
 from sdeflow.solvers.observed import DPSStep, Replacement
@@ -58,7 +58,7 @@ class _Likelihood(WithScore):
             leaf = x if keep and x.requires_grad else x.detach().clone().requires_grad_()
             time = usable_time(t)
             value = self.ask("model", leaf, time, model.prediction, conditions)
-            x0 = model.convert(leaf, time, value, row_of("x0", process, time))
+            x0 = x0_of(model, leaf, time, value)
             seen = observation.forward(x0 if keep else x0.detach())
             pull = observation.adjoint(observation.solve(y - seen, spread, noise))
             (term,) = torch.autograd.grad(x0, leaf, pull, create_graph=keep)
@@ -83,7 +83,7 @@ class _ExactGaussian(WithScore):
         residual = y - (mean @ axes + alpha * share * centred) @ matrix.T
         gram = (matrix * (sigma**2 * share).unsqueeze(1)) @ matrix.T  # (1 or batch, m, m)
         gram = gram + self.noise * torch.eye(matrix.shape[0], dtype=torch.float64, device=x.device)
-        pull = torch.linalg.solve(gram, residual.unsqueeze(-1)).squeeze(-1)
+        pull = _solved(gram, residual.unsqueeze(-1)).squeeze(-1)
         term = (alpha * share * (pull @ matrix)) @ axes.T
         return self.ask("model", x, t, self.prediction, conditions), term.reshape(x.shape).to(x.dtype)
 
@@ -97,7 +97,7 @@ def dps(model: Model, observation: LinearObservation, y: Tensor, scale: Scale = 
     divided by |y - A D|, is `DPSStep`.
 
     Args:
-        model: of a GaussianSDE, its network differentiable in x.
+        model: of a GaussianSDE, its network differentiable in x: one that is not is refused at the first call.
         observation: with noise_std > 0.
         y: observations, one row a sample, or one row (1, *observed) for all.
         scale: a number or a function of t.
@@ -143,7 +143,7 @@ def exact_gaussian(model: Model, prior: Gaussian, observation: LinearObservation
     C_t = sigma^2 C (alpha^2 C + sigma^2)^-1, the term is alpha/sigma^2 C_t A^T (A C_t A^T + s^2 I)^-1 (y - A D).
 
     Raises:
-        TypeError, ValueError: not a Gaussian, or as `dps`.
+        TypeError, ValueError: not a Gaussian, or as `dps`; at a call, A C_t A^T + s^2 I is singular.
     """
     if not isinstance(prior, GaussianMixture) or prior.means.shape[0] != 1:
         raise TypeError(f"expected prior as a problems.Gaussian, got {prior!r}")
@@ -158,22 +158,38 @@ def posterior(prior: GaussianMixture, observation: LinearObservation, y: Tensor)
     weight proportional to w_k N(y; A m_k, S).
 
     Raises:
-        ValueError: more than one observation, or S is singular.
+        TypeError: prior, observation or y are not these.
+        ValueError: more than one observation, y does not fit A x, or S is singular.
     """
+    if not isinstance(prior, GaussianMixture):
+        raise TypeError(f"expected prior as a problems.Gaussian or GaussianMixture, got {prior!r}")
+    check_observation(observation, y)
     if y.shape[0] != 1:
         raise ValueError(f"expected one observation, (1, *observed), got {tuple(y.shape)}")
+    check_fit(observation, y, torch.zeros(1, *prior.event, dtype=torch.float64))
     a = matrix_of(observation, prior.event)
     axes = prior._full_axes()
     covariances = axes @ torch.diag_embed(prior.variances) @ axes.mT
     gram = a @ covariances @ a.T + observation.noise_std**2 * torch.eye(len(a), dtype=torch.float64)
-    gain = torch.linalg.solve(gram, a @ covariances).mT  # (K, D, m)
+    gain = _solved(gram, a @ covariances).mT  # (K, D, m)
     residual = y.flatten().to(torch.float64) - prior.means @ a.T
     means = prior.means + (gain @ residual.unsqueeze(-1)).squeeze(-1)
     left = covariances - gain @ a @ covariances
-    white = torch.linalg.solve(gram, residual.unsqueeze(-1)).squeeze(-1)
+    white = _solved(gram, residual.unsqueeze(-1)).squeeze(-1)
     logits = torch.log(prior.weights) - 0.5 * ((residual * white).sum(-1) + torch.logdet(gram))
     weights = torch.softmax(logits, 0).clamp(min=torch.finfo(torch.float64).tiny)
     return GaussianMixture(means.reshape(-1, *prior.event), 0.5 * (left + left.mT), weights)
+
+
+def _solved(gram: Tensor, right: Tensor) -> Tensor:
+    """gram^-1 right, gram = A C A^T + s^2 I."""
+    result, info = torch.linalg.solve_ex(gram, right)
+    if bool((info != 0).any()):
+        raise ValueError(
+            "the covariance of the observation, A C A^T + s^2 I, is singular: some of y is seen twice or is certain; "
+            "expected noise_std > 0"
+        )
+    return result
 
 
 class _Observed:
@@ -181,13 +197,13 @@ class _Observed:
 
     def __init__(self, observation: LinearObservation, y: Tensor) -> None:
         self.observation, self.shared = observation, y if y.shape[0] == 1 else None
-        self._fitted: torch.Size | None = None
+        self._fitted: tuple[torch.Size, torch.Size] | None = None
 
     def __call__(self, x: Tensor, conditions: dict[str, Any]) -> Tensor:
         y = conditions["observed"] if self.shared is None else self.shared
-        if x.shape[1:] != self._fitted:
+        if (x.shape, y.shape) != self._fitted:
             check_fit(self.observation, y, x)
-            self._fitted = x.shape[1:]
+            self._fitted = x.shape, y.shape
         return y.to(device=x.device, dtype=x.dtype)
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.gaussian import GaussianSDE
+from sdeflow.kept import Kept, bits, constant
 from sdeflow.processes import DiscreteVP
 from sdeflow.sde import SDE, Evaluator, checked_shape
 from sdeflow.times import Each, Time, align
@@ -175,12 +176,20 @@ class Model:
         p, q = conversion(self.gaussian, t, row_of(self.prediction, self.gaussian, t), wanted)
         return p.to(x.dtype) * x + q.to(x.dtype) * value
 
-    def evaluator(self, times: Tensor, wanted: Row) -> Evaluator:
+    def evaluator(self, times: Tensor, wanted: Row) -> RowEvaluator:
         """`evaluate(k, x)`: the row `wanted[k]` at times[k], every coefficient computed here, once.
 
         Args:
             times: (n,) float64.
             wanted: rows (c, d), each (n,).
+        """
+        return RowEvaluator(self, times, *self.factors(times, wanted))
+
+    def factors(self, times: Tensor, wanted: Row) -> tuple[list[float], list[float]]:
+        """(p, q) at each of `times`: the row `wanted` is p x + q value, of the network's own value.
+
+        Raises:
+            ValueError: the network's prediction does not determine it at one of the times.
         """
         given = row_of(self.prediction, self.gaussian, times)
         p, q = conversion(self.gaussian, times, given, wanted)
@@ -191,22 +200,25 @@ class Model:
                 f"where alpha = {float(self.gaussian.alpha(times[bad][0])):g} and sigma = "
                 f"{float(self.gaussian.sigma(times[bad][0])):g}: start or end short of it, or predict x0 or v"
             )
-        ps, qs = p.tolist(), q.tolist()
-        table = self._time_input(times)
-        inputs: Each | None = None
+        return p.tolist(), q.tolist()
 
-        def evaluate(k: int, x: Tensor) -> Tensor:
-            nonlocal inputs
-            if inputs is None:  # to where the states are, once
-                moved = table.to(x.device, x.dtype) if self.expand else table.to(x.device if table.ndim > 1 else "cpu")
-                inputs = Each(moved)
-            time = inputs[k].expand(x.shape[0]) if self.expand else inputs[k]
-            value, factor = self.raw(x, time), qs[k]
-            if ps[k] == 0.0:
-                return value if factor == 1.0 else factor * value
-            return torch.add(factor * value, x, alpha=ps[k])
+    def asker(self, times: Tensor) -> Evaluator:
+        """`ask(k, x)`: the network's own value at times[k], which it is told as it wants to be."""
+        known = constant(self.sde) and constant(self.time)
+        key = (self.sde, self.time, bits(times)) if known else None
+        table = _TOLD.get(key, lambda: self._time_input(times))
+        told: Each | None = None
 
-        return evaluate
+        def ask(k: int, x: Tensor) -> Tensor:
+            nonlocal told
+            if told is None:  # to where the states are, once
+                if self.expand:
+                    told = Each(table.to(x.device, x.dtype)[:, None].expand(-1, x.shape[0]))
+                else:
+                    told = Each(table.to(x.device if table.ndim > 1 else "cpu"))
+            return self.raw(x, told[k])
+
+        return ask
 
     def raw(self, x: Tensor, time: Tensor) -> Tensor:
         """The network's own output, counted and checked for its shape."""
@@ -252,6 +264,29 @@ class Model:
                 raise ValueError(
                     f"condition {name!r}: expected one row a sample, ({batch}, ...), got {tuple(value.shape)}"
                 )
+
+
+_TOLD: Kept[Tensor] = Kept(64)
+
+
+class RowEvaluator:
+    """`evaluate(k, x)` = p[k] x + q[k] ask(k, x): a row of the table, from what the network says at the k-th time.
+
+    Attributes:
+        p, q: floats, one of each a time.
+        ask: the network's own value.
+    """
+
+    __slots__ = ("ask", "p", "q")
+
+    def __init__(self, model: Model, times: Tensor, p: list[float], q: list[float]) -> None:
+        self.p, self.q, self.ask = p, q, model.asker(times)
+
+    def __call__(self, k: int, x: Tensor) -> Tensor:
+        value, p, q = self.ask(k, x), self.p[k], self.q[k]
+        if p == 0.0:
+            return value if q == 1.0 else q * value
+        return torch.add(q * value, x, alpha=p)
 
 
 def as_model(model: Model | Callable[..., Tensor], process: SDE) -> Model:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+_TINY = torch.finfo(torch.float64).tiny
+"""The least tolerance of a component: 0/0 of one that stays 0 is no error."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,22 @@ class PID:
 
         Carries no gradient: step sizes are choices, not part of the solution map.
         """
-        size = torch.stack([s.detach().abs() for s in states]).amax(0).to(torch.float64)
-        both = self.atol + self.rtol * size if self.combine == "sum" else torch.clamp(self.rtol * size, min=self.atol)
-        allowed = torch.clamp(both, min=torch.finfo(torch.float64).tiny)
-        scaled = (error.detach().to(torch.float64) / allowed).reshape(error.shape[0], -1)
-        return torch.sqrt((scaled**2).mean(1))
+        with torch.no_grad():
+            return self.size(error, self.allowed(*states))
+
+    def allowed(self, *states: Tensor) -> Tensor:
+        """The tolerance of each component, float64 (batch, *event)."""
+        size = functools.reduce(torch.maximum, [s.abs() for s in states])
+        size = self.rtol * (size if size.dtype == torch.float64 else size.to(torch.float64))
+        if self.combine == "max":
+            return torch.clamp(size, min=max(self.atol, _TINY))
+        both = size + self.atol
+        return both if self.atol >= _TINY else torch.clamp(both, min=_TINY)
+
+    def size(self, error: Tensor, allowed: Tensor) -> Tensor:
+        """The root mean square of error/allowed over the components of each sample, float64 (batch,)."""
+        scaled = (error / allowed).reshape(error.shape[0], -1)  # float64, as `allowed` is
+        return (scaled.square().sum(1) / scaled.shape[1]).sqrt()
 
     def factor(self, error: Tensor, previous: Tensor, order: float) -> Tensor:
         """The factor of the next step after one of `error` (in tolerances), (batch,)."""

@@ -273,6 +273,23 @@ class Plan(LinearSolver):
         return torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumsum(self.lengths, 0)])
 
     @cached_property
+    def normal_times(self) -> Tensor:
+        """The times between which each normal stands, each step shared equally: (steps * draws + 1,)."""
+        share = torch.arange(self.draws, dtype=torch.float64) / self.draws
+        inner = self.grid[:-1, None] + torch.diff(self.grid)[:, None] * share
+        return torch.cat([inner.flatten(), self.grid[-1:]])
+
+    def scale_of(self, lengths: Tensor) -> list[list[float]]:
+        """Of each row, what multiplies increments of these lengths (steps * draws,) that stand for the normals."""
+        per_row = lengths.reshape(self.steps, self.draws)[self.step_of_row]
+        return torch.where(per_row > 0, self.noise.reshape(self.nfe, -1) / torch.sqrt(per_row), 0.0).tolist()
+
+    @cached_property
+    def own_scale(self) -> list[list[float]]:
+        """`scale_of` its own lengths."""
+        return self.scale_of(self.lengths)
+
+    @cached_property
     def _rows(self) -> list[range]:
         """The rows of each step."""
         edges = torch.searchsorted(self.step_of_row, torch.arange(self.steps + 1)).tolist()

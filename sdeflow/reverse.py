@@ -21,7 +21,8 @@ from torch import Tensor
 
 from sdeflow.calculus import apply_covariance, divergence
 from sdeflow.gaussian import GaussianSDE
-from sdeflow.model import Model, Row, as_model, row_of
+from sdeflow.kept import Kept, bits, constant
+from sdeflow.model import Model, Row, RowEvaluator, as_model, row_of
 from sdeflow.quadrature import gauss_legendre
 from sdeflow.sde import SDE, Evaluator, Score
 from sdeflow.times import Each, Time, as_time
@@ -173,9 +174,15 @@ class ReverseSDE(SDE):
     def evaluator(self, target: str, times: Tensor) -> Evaluator:
         if not isinstance(self.process, GaussianSDE) and target == "drift":
             return super().evaluator(target, times)
-        process = self.gaussian
-        row = self._drift_row(process, times) if target == "drift" else _target_row(target, process, times)
-        return self.model.evaluator(times, row)
+        process, model = self.gaussian, self.model
+
+        def factors() -> tuple[list[float], list[float]]:
+            row = self._drift_row(process, times) if target == "drift" else _target_row(target, process, times)
+            return model.factors(times, row)
+
+        fixed = constant(process) and constant(self.eta)
+        key = (process, self.eta, model.prediction, target, bits(times)) if fixed else None
+        return RowEvaluator(model, times, *_FACTORS.get(key, factors))
 
     def score_evaluator(self, times: Tensor) -> Evaluator:
         """`evaluate(k, x)`: the score at times[k]."""
@@ -191,6 +198,9 @@ class ReverseSDE(SDE):
     def default_grid(self, steps: int, t_start: float, t_end: float) -> Tensor:
         return self.process.default_grid(steps, t_start, t_end)
 
+    def models(self) -> tuple[Model, ...]:
+        return (self.model, *self.process.models())
+
     def take(self, rows: Tensor) -> Self:
         part = copy.copy(self)
         part.process, part.model = self.process.take(rows), self.model.take(rows)
@@ -199,6 +209,9 @@ class ReverseSDE(SDE):
     def check_batch(self, batch: int) -> None:
         self.model.check_batch(batch)
         self.process.check_batch(batch)
+
+
+_FACTORS: Kept[tuple[list[float], list[float]]] = Kept(64)
 
 
 def _target_row(target: str, process: GaussianSDE, times: Tensor) -> Row:

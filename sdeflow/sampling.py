@@ -79,7 +79,9 @@ def sample(
         )  # fmt: skip
         if final == "denoise":
             end = _end_time(process.t_min, solver.grid if isinstance(solver, Plan) else grid, t_span)
-            solution = _with_call(solution, model.x0(solution.x, end))
+            before = model.nfe
+            x = model.x0(solution.x, end)
+            solution = _with_call(solution, x, model.nfe - before)
     return solution
 
 
@@ -94,6 +96,9 @@ def _end_time(t_min: float, grid: Grid | None, t_span: tuple[float, float] | Non
     return t_min if t_span is None else float(t_span[1])
 
 
-def _with_call(solution: Solution, x: Tensor) -> Solution:
-    stats = dataclasses.replace(solution.stats, nfe=solution.stats.nfe + 1, calls=solution.stats.calls + 1)
+def _with_call(solution: Solution, x: Tensor, network_calls: int) -> Solution:
+    stats = solution.stats
+    stats = dataclasses.replace(
+        stats, nfe=stats.nfe + 1, calls=stats.calls + 1, network_calls=stats.network_calls + network_calls
+    )
     return dataclasses.replace(solution, x=x, stats=stats)

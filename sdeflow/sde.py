@@ -92,6 +92,10 @@ class Problem(ABC, OdeCallable):
 
         return evaluate
 
+    def models(self) -> tuple[Model, ...]:
+        """The models that its drift asks: a solve counts their calls of networks. None unless it is a reversal."""
+        return ()
+
     def check_batch(self, batch: int) -> None:
         """Refuse per-sample attributes or conditions of another batch size than the samples'."""
         for name in self.per_sample:

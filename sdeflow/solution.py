@@ -41,6 +41,10 @@ class Stats:
         steps: attempted steps, likewise.
         accepted, rejected: of those.
         calls: calls of the model for the batch.
+        network_calls: calls of networks for the batch, counted by the models (`Model.nfe`). Those are `calls`, unless
+            an evaluation of the model asks several networks: two in classifier-free guidance, one outside of its
+            interval. `calls` for a problem that has no model. -1 before the solve has ended. Another thread that
+            calls the same model meanwhile is counted in.
     """
 
     nfe: int | Tensor
@@ -48,6 +52,7 @@ class Stats:
     accepted: int | Tensor
     rejected: int | Tensor
     calls: int
+    network_calls: int = -1
 
 
 @dataclass(frozen=True)

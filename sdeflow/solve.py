@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sdeflow.control import Adaptive, FixedGrid
 from sdeflow.control_sde import AdaptivePath
+from sdeflow.gradients import Gradient, Record, check_gradient, new_record
 from sdeflow.noise import Noise, NoiseSource, Seeded, fresh_seed
 from sdeflow.pid import PID
 from sdeflow.plan import Plan
@@ -17,6 +20,7 @@ from sdeflow.sde import SDE, Problem
 from sdeflow.solution import Solution, SolveError, State
 from sdeflow.solvers.backends import Backend, March
 from sdeflow.solvers.base import Solver
+from sdeflow.solvers.gaussian_split import GaussianSplit
 from sdeflow.solvers.stochastic import StochasticSolver
 
 Grid = Tensor | Sequence[float] | Callable[..., Tensor]
@@ -40,6 +44,7 @@ def solve(
     progress: bool = False,
     throw: bool = True,
     max_steps: int = 100_000,
+    gradient: Gradient = "direct",
 ) -> Solution:
     """Integrate `problem` from `x` with `solver`, on a grid or to a tolerance.
 
@@ -62,18 +67,40 @@ def solve(
         progress: show a progress bar (needs tqdm).
         throw: raise `SolveError` when a sample fails; False returns a status per sample.
         max_steps: attempts a sample may make under error control.
+        gradient: how gradients get through: "direct" by torch's record of all steps; "checkpointed" in memory of
+            O(sqrt(steps)), on a grid; "adjoint" in memory that does not grow with the steps, by undoing the steps of
+            a reversible method or by the adjoint equation of an ODE (`sdeflow.gradients`). The last two are of first
+            order only.
 
     Raises:
         ValueError, TypeError: input that cannot be solved; before the first model call.
         SolveError: a sample failed and `throw` is set; it carries the solution.
     """
-    march = _march(problem, x, solver, steps, grid, rtol, atol, t_span, seed, index, noise, save, max_steps)
-    states = _run(march)
-    if progress:
-        states = _with_progress(states, march)
-    for _ in states:
-        pass
+    before = _network_calls(problem)  # before the march is made: one to a tolerance makes its first call then
+    to_tolerance = rtol is not None or atol is not None
+    lean = gradient != "direct" and torch.is_grad_enabled()
+    if gradient != "direct":
+        _check_types(problem, x, solver)
+        check_gradient(gradient, problem, solver, to_tolerance)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and gradient != "adjoint"):
+        start = x.detach() if lean else x
+        march = _march(problem, start, solver, steps, grid, rtol, atol, t_span, seed, index, noise, save, max_steps)
+    record: Record | None = None
+    run = _run(march)
+    if lean:
+        control = {"rtol": rtol, "atol": atol, "max_steps": max_steps} if to_tolerance else {}
+        calls = _network_calls(problem)
+        record = new_record(gradient, problem, x, solver, march, _checked_span(problem, t_span), control)
+        before += _network_calls(problem) - calls
+        run = record.watch(run)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not lean):
+        for _ in _with_progress(run, march) if progress else run:
+            pass
     solution = march.solution()
+    if record is not None:
+        solution = record.attach(solution)
+    made = _network_calls(problem) - before if problem.models() else solution.stats.calls
+    solution = dataclasses.replace(solution, stats=dataclasses.replace(solution.stats, network_calls=made))
     if throw and not bool(solution.ok.all()):
         raise SolveError(solution)
     return solution
@@ -98,26 +125,33 @@ def iterate(
 
     A preview, an early stop or a checkpoint is a loop over it. Input is checked at the call.
     """
-    return _run(_march(problem, x, solver, steps, grid, rtol, atol, t_span, seed, index, noise, None, max_steps))
+    march = _march(problem, x, solver, steps, grid, rtol, atol, t_span, seed, index, noise, None, max_steps)
+    return (reached.state for reached in _run(march))
 
 
-def _run(march: March) -> Iterator[State]:
-    yield march.state
+def _run(march: March) -> Iterator[March]:
+    yield march
     while not march.done:
         march.advance()
-        yield march.state
+        yield march
 
 
-def _with_progress(states: Iterator[State], march: March) -> Iterator[State]:
+def _network_calls(problem: Problem) -> int:
+    """Calls of networks so far by the models of a problem; models bound from one share its count."""
+    models = problem.models() if isinstance(problem, Problem) else ()  # `_march` refuses what is none
+    return sum({id(model._counter): model.nfe for model in models}.values())
+
+
+def _with_progress(run: Iterator[March], march: March) -> Iterator[March]:
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError("progress=True needs tqdm: pip install tqdm") from error
     total = march.state.steps
     with tqdm(total=total, unit="step") as bar:
-        for state in states:
-            bar.update(state.step - bar.n)
-            yield state
+        for _ in run:
+            bar.update(march.state.step - bar.n)
+            yield march
 
 
 # ---- checks, all before the first model call
@@ -150,6 +184,8 @@ def _march(
         if isinstance(solver, Backend):
             bound = _bind(noise, seed, x, index) if solver.draws_noise(problem) else None
             return solver.march(problem, x, span, control, _save_times(save, span, x.device), bound)
+        if isinstance(solver, GaussianSplit):
+            return solver.march(problem, x, span, control, _save_times(save, span, x.device))
         if isinstance(solver, StochasticSolver) and solver.adaptive:
             return _path_march(
                 problem,
@@ -233,9 +269,9 @@ def _check_types(problem: object, x: object, solver: object) -> None:
         raise TypeError(f"expected x as a floating-point tensor, got {got}")
     if x.ndim < 1 or x.shape[0] < 1 or x.numel() == 0:
         raise ValueError(f"expected x of shape (batch, *event) with at least one sample, got {tuple(x.shape)}")
-    bad = ~torch.isfinite(x.detach()).flatten(1 if x.ndim > 1 else 0)
-    bad = bad.any(1) if x.ndim > 1 else bad
-    if bool(bad.any()):
+    finite = torch.isfinite(x.detach())
+    if not bool(finite.all()):
+        bad = ~finite.reshape(x.shape[0], -1).all(1)
         rows = torch.nonzero(bad).flatten().tolist()
         raise ValueError(f"expected finite x, got NaN or infinity in {len(rows)} samples (first: {rows[0]})")
 
@@ -252,17 +288,18 @@ def _checked_span(problem: Problem, t_span: tuple[float, float] | None) -> tuple
 
 def _check_times(problem: Problem, ts: Tensor, what: str) -> None:
     """Refuse times that are not finite, leave [t0, t1], are not monotone, or run noise backwards."""
-    if not bool(torch.isfinite(ts).all()):
+    values = ts.numpy()
+    if not np.isfinite(values).all():
         raise ValueError(f"expected finite times in {what}, got {ts.tolist()}")
-    h = torch.diff(ts)
-    if not bool((h > 0).all() or (h < 0).all()):
+    h = np.diff(values)
+    if not ((h > 0).all() or (h < 0).all()):
         raise ValueError(f"expected strictly monotone times in {what}, got {_shown(ts)}")
     slack = 1e-9 * (problem.t1 - problem.t0)
-    if float(ts.min()) < problem.t0 - slack or float(ts.max()) > problem.t1 + slack:
+    if values.min() < problem.t0 - slack or values.max() > problem.t1 + slack:
         raise ValueError(
             f"expected times of {what} in [{problem.t0:g}, {problem.t1:g}], got {float(ts[0]):g} to {float(ts[-1]):g}"
         )
-    if problem.stochastic and float(h[0]) * problem.direction < 0:
+    if problem.stochastic and h[0] * problem.direction < 0:
         way = "up from" if problem.direction > 0 else "down to"
         raise ValueError(f"{type(problem).__name__} runs {way} t0 = {problem.t0:g}: {what} runs the other way")
 

@@ -32,6 +32,13 @@ _WARM_UP = 100
 Loss = Callable[[Model, Tensor, Tensor, Tensor], Tensor]
 """`loss(model, x0, t, eps)`: one value a sample, such as `sdeflow.losses.denoising`."""
 
+Times = Callable[[GaussianSDE, int], Tensor | tuple[Tensor, Tensor]]
+"""`times(process, n)`: n times, float64, or (times, weights) with weights (n,) that multiply the losses.
+
+If it has a method `update`, it is told the losses (n,) of the times that it drew last, before their weights, as
+`sdeflow.losses.ImportanceTimes` needs them.
+"""
+
 
 def untrained(
     shape: tuple[int, ...], *, seed: int = 0, classes: int = 0, net: str = "mlp", width: int | None = None
@@ -69,7 +76,7 @@ def train(
     labels: Tensor | None = None,
     label_dropout: float = 0.1,
     loss: Loss = denoising,
-    times: Callable[[GaussianSDE, int], Tensor] = stratified_times,
+    times: Times = stratified_times,
     precision: Literal["float32", "bfloat16"] = "float32",
     save: str | Path | None = None,
     save_every: int = 500,
@@ -96,11 +103,13 @@ def train(
         label_dropout: the share of labels that are replaced by the network's `classes`, which stands for none: what
             classifier-free guidance takes as unconditional (Ho and Salimans 2021, section 3.2).
         loss: of each sample, `loss(model, x0, t, eps)`.
-        times: the process and n -> n times, float64.
+        times: the process and n -> n times, float64, or (times, weights): see `Times`. The loss of a row of the
+            history is then the weighted one.
         precision: of the network's products: "bfloat16" runs it under autocast, weights and sums stay as they are.
         save: a file that the whole state of the run is written to, every `save_every` steps (a multiple of
             `log_every`). If there is one, the run goes on from it: the weights at the end are
-            those of a run without a break, bit by bit on a CPU.
+            those of a run without a break, bit by bit on a CPU. Not with times that have an `update`: what they
+            have been told is not in the file.
         log_every: steps that a row of the history averages.
         on_row: called with the history so far after each new row.
         progress: show a progress bar (needs tqdm).
@@ -123,6 +132,8 @@ def train(
         raise ValueError(f'expected precision "float32" or "bfloat16", got {precision!r}')
     if save is not None and (save_every < 1 or save_every % log_every):
         raise ValueError(f"expected save_every as a multiple of log_every = {log_every}, got {save_every!r}")
+    if save is not None and hasattr(times, "update"):
+        raise ValueError("times that are told the losses cannot be taken up again: expected no file to save to")
     net = copy.deepcopy(model.net).train().requires_grad_()
     average = AveragedModel(net, multi_avg_fn=_warm_average(ema))
     parameters = list(net.parameters())
@@ -176,14 +187,16 @@ def _step_loss(
     labels: Tensor | None,
     label_dropout: float,
     batch: int,
-    times: Callable[[GaussianSDE, int], Tensor],
+    times: Times,
     loss: Loss,
     precision: str,
 ) -> Tensor:
-    """The mean loss of a fresh batch."""
+    """The mean loss of a fresh batch, weighted if the times have weights."""
     rows = torch.randint(data.shape[0], (batch,), device=data.device)
     x0 = data[rows]
-    t = times(learner.gaussian, batch).to(data.device)
+    drawn = times(learner.gaussian, batch)
+    t, weights = drawn if isinstance(drawn, tuple) else (drawn, None)
+    t = t.to(data.device)
     eps = torch.randn_like(x0)
     if labels is not None:
         label = labels[rows]
@@ -193,7 +206,15 @@ def _step_loss(
         learner = learner.bind(label=torch.where(dropped, none, label))
     context = torch.autocast(data.device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
     with context:
-        return loss(learner, x0, t, eps).mean()
+        losses = loss(learner, x0, t, eps)
+        update = getattr(times, "update", None)
+        if update is not None:
+            update(losses.detach())
+        if weights is None:
+            return losses.mean()
+        if weights.shape != losses.shape:
+            raise ValueError(f"expected one weight a time, {tuple(losses.shape)}, got {tuple(weights.shape)}")
+        return (weights.to(losses) * losses).mean()
 
 
 class _Ranks:

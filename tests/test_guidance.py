@@ -9,6 +9,7 @@ import torch
 import sdeflow as sf
 from sdeflow.guidance import add_score, add_term, classifier_free, classifier_guidance, clip_x0, dynamic_threshold
 from sdeflow.problems import Gaussian, GaussianMixture
+from sdeflow.testing.models import check_model
 
 F64 = torch.float64
 PARTS = ("x0", "eps", "score", "v", "velocity")
@@ -156,6 +157,41 @@ def test_calls_are_counted_by_the_network():
     twin = copy.deepcopy(guided.net)
     twin(x, torch.tensor(0.5, dtype=F64), **guided.conditions)
     assert guided.nfe == 2 * solution.stats.nfe + 2
+
+
+def test_a_solution_says_what_its_networks_were_called():
+    c, u = labelled()
+    run = {"shape": (3,), "solver": sf.solvers.DPMSolverPP(2), "steps": 10, "dtype": F64}
+    halfway = classifier_free(c, u, 3.0, (0.25, 0.75), interval_in="t")
+    for model, calls in ((c, 10), (classifier_free(c, u, 3.0), 20), (classifier_free(c, u, 1.0), 10),
+                         (classifier_free(classifier_free(c, u, 2.0), u, 3.0), 30), (clip_x0(c), 10)):  # fmt: skip
+        for _ in range(2):  # the difference, whatever was called before
+            stats = sf.sample(model, 5, **run).stats
+            assert (stats.nfe, stats.calls, stats.network_calls) == (10, 10, calls)
+        assert sf.sample(model, 5, **run, final="denoise").stats.network_calls == calls + calls // 10
+    stats = sf.sample(halfway, 5, **{**run, "solver": sf.solvers.Euler(), "steps": 100}, grid=sf.grids.uniform).stats
+    assert (stats.nfe, stats.network_calls) == (100, 150)
+
+
+def test_network_calls_to_a_tolerance_and_of_other_problems():
+    """Samples that leave the batch take part in no calls; calls are those of the batch, from the first evaluation."""
+    c, u = labelled()
+    guided, process = classifier_free(c, u, 3.0), sf.VP()
+    for solver, eta in ((sf.solvers.RK45(), 0.0), (sf.solvers.AdaptiveSDE(), 1.0), (sf.solvers.Scipy("RK45"), 0.0)):
+        before = guided.nfe
+        stats = sf.sample(guided, 5, shape=(3,), solver=solver, eta=eta, rtol=0.01, dtype=F64).stats
+        assert stats.network_calls == guided.nfe - before == 2 * stats.calls
+    x = torch.randn(5, 3, dtype=F64)
+    encoded = sf.coding.encode(guided, x, steps=3)
+    assert encoded.stats.network_calls == 2 * encoded.stats.calls
+
+    class Decay(sf.ODE):
+        def drift(self, x, t):
+            return -x
+
+    assert sf.solve(Decay(), x, sf.solvers.Heun(), steps=4).stats.network_calls == 8
+    flow = process.probability_flow(lambda x, t: -x)
+    assert sf.solve(flow, x, sf.solvers.Heun(), steps=4).stats.network_calls == 8
 
 
 @pytest.mark.parametrize("unit", ["sigma", "t"])
@@ -376,6 +412,12 @@ def test_dynamic_threshold():
     assert torch.equal(alone[0], got[1])
 
 
+def test_dynamic_threshold_of_scalars():
+    model = sf.Model(lambda x, t: 3 * x, sf.VP(), "x0")
+    x = torch.tensor([0.1, -2.0, 5.0], dtype=F64)
+    torch.testing.assert_close(dynamic_threshold(model).x0(x, 0.4), torch.tensor([0.3, -1.0, 1.0], dtype=F64))
+
+
 def test_a_threshold_bounds_the_samples():
     x = sf.sample(clip_x0(far_model()), 50, shape=(3,), solver=sf.solvers.DPMSolverPP(2), steps=10, final="denoise").x
     assert float(x.abs().max()) <= 1
@@ -453,6 +495,37 @@ def test_conditions_stay_with_their_part():
     assert now.nfe == later.nfe + 4  # taken rows share the count of the model they come from
 
 
+def test_a_condition_is_replaced_by_its_full_name():
+    c, u = labelled()
+    guided, x = classifier_free(c, u, 2.0), torch.randn(5, 3, dtype=F64)
+    other = torch.ones(5, dtype=torch.long)
+    with torch.no_grad():
+        assert torch.equal(guided.bind(**guided.conditions).score(x, 0.4), guided.score(x, 0.4))
+        moved = guided.bind(**{"unconditional.label": other})
+        want = classifier_free(c, u.bind(label=other), 2.0)
+        assert torch.equal(moved.score(x, 0.4), want.score(x, 0.4))
+    with pytest.raises(TypeError, match=r"takes unconditional\.colour"):
+        guided.bind(**{"unconditional.colour": other})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_check_model_takes_guided_models(dtype):
+    """With the calls that they make; the untrained network fails at the noise end alone, as it does by itself."""
+    c, u = labelled(batch=8, dtype=dtype)
+    guided = classifier_free(c, u, 2.0)
+    limited = classifier_free(c, u, 2.0, (0.2, 1.0))
+    for model, calls in ((guided, 2), (limited, None), (clip_x0(guided), 2), (dynamic_threshold(limited), None)):
+        report = check_model(model, event=(3,), calls=calls)
+        assert {f.identity for f in report.findings if f.verdict == "fail"} <= {"noise end"}
+        assert report["conditions"].verdict == "pass"
+        assert check_model(model, event=(3,))["calls counted"].verdict == "fail"
+    exact = classifier_free(CLASSES[0].model(sf.VP()), DATA.model(sf.VP()), 2.0)
+    check_model(exact, event=(2,), calls=2, exact=True).verify()
+    for calls in (0, True, 1.5):
+        with pytest.raises(ValueError, match="calls >= 1"):
+            check_model(guided, event=(3,), calls=calls)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_images_keep_their_dtype(dtype):
     c, u = labelled(dtype=dtype, event=(1, 4, 4))
@@ -484,6 +557,9 @@ def test_bad_input_is_refused():
         (lambda: classifier_free(c, u, True), ValueError, "scale"),
         (lambda: classifier_free(c, u, 2.0, (0.5, 0.5)), ValueError, "low < high"),
         (lambda: classifier_free(c, u, 2.0, (0.1, 0.5), interval_in="lam"), ValueError, "interval_in"),
+        (lambda: classifier_free(c, u, 2.0, 0.5), ValueError, "low < high"),
+        (lambda: classifier_free(c, u, 2.0, (None, 0.5)), ValueError, "low < high"),
+        (lambda: clip_x0(c, "0", 1.0), ValueError, "low < high"),
         (lambda: classifier_free(c, u, 2.0, rescale=1.5), ValueError, "rescale"),
         (lambda: clip_x0(c, 1.0, -1.0), ValueError, "low < high"),
         (lambda: dynamic_threshold(c, 0.0), ValueError, "quantile"),

@@ -202,6 +202,60 @@ def test_own_times():
     assert seen == [(sf.VP(), 8)] * 2
 
 
+def test_times_with_weights():
+    """Weights multiply the losses: those of importance sampling give the mean over uniform times."""
+    drawn = []
+
+    def weighted(process, n):
+        t = sf.losses.uniform_times(process, n)
+        drawn.append(t)
+        return t, 2 * torch.ones_like(t)
+
+    options = {"steps": 20, "batch": 64, "lr": 1e-12, "clip": 1e9, "weight_decay": 0.0, "log_every": 20}
+    _, doubled = train(_small(), _moons(), times=weighted, **options)
+    _, plain = train(_small(), _moons(), times=sf.losses.uniform_times, **options)
+    assert len(drawn) == 20
+    assert doubled[-1]["loss"] == pytest.approx(2 * plain[-1]["loss"], rel=1e-6)
+    assert doubled[-1]["grad_norm"] == pytest.approx(2 * plain[-1]["grad_norm"], rel=1e-5)
+
+
+def test_importance_times_learn_from_the_losses():
+    """A loss that is large in one tenth of the span: its mean is kept, and that tenth is drawn more often."""
+
+    def loss(model, x0, t, eps):
+        return denoising(model, x0, t, eps) * 0 + torch.where(t < 0.1, 9.0, 1.0).float()
+
+    times = sf.losses.ImportanceTimes(sf.losses.LossHistory(10, history=5), t_min=0.0)
+    _, history = train(_small(), _moons(), steps=60, batch=256, log_every=60, loss=loss, times=times)
+    assert times.history.ready
+    assert float(times.history.probabilities[0]) == pytest.approx(0.5, abs=0.01)
+    # 60 batches of 256 times: the weighted loss has no variance once every bin has its history
+    assert history[-1]["loss"] == pytest.approx(1.8, abs=0.05)
+
+
+def test_a_history_keeps_the_last_losses_of_each_bin():
+    """As one loss after another would leave them, also where a batch has more of a bin than is kept."""
+    together, single = sf.losses.LossHistory(4, history=3), sf.losses.LossHistory(4, history=3)
+    torch.manual_seed(0)
+    for n in (1, 5, 40, 7):
+        bins, values = torch.randint(4, (n,)), torch.rand(n)
+        together.update(bins, values)
+        for k in range(n):
+            single.update(bins[k : k + 1], values[k : k + 1])
+        assert together.ready == single.ready
+        torch.testing.assert_close(together.probabilities, single.probabilities, rtol=0, atol=0)
+    assert together.ready
+
+
+def test_times_with_weights_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="one weight a time"):
+        train(
+            _small(), _moons(), steps=1, batch=8, times=lambda process, n: (stratified_times(process, n), torch.ones(1))
+        )
+    with pytest.raises(ValueError, match="expected no file"):
+        train(_small(), _moons(), steps=1, times=sf.losses.ImportanceTimes(), save=tmp_path / "run.safetensors")
+
+
 def test_untrained_depends_on_the_seed_alone():
     torch.manual_seed(3)
     a = untrained((2,), seed=1)

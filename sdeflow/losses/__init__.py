@@ -6,10 +6,13 @@ scale: `implicit`, `sliced` and `kernel_matching` differ from `denoising` of the
 
 from sdeflow.losses import weights
 from sdeflow.losses.bound import bound_bits, hybrid, prior_bits, step_bits
+from sdeflow.losses.consistency import consistency
 from sdeflow.losses.continuous_bound import diffusion_rate, reconstruction_bits
-from sdeflow.losses.history import LossHistory, importance_times
+from sdeflow.losses.history import ImportanceTimes, LossHistory, importance_times
 from sdeflow.losses.matching import denoising, flow_matching, kernel_matching, kernel_score
+from sdeflow.losses.nodes import grid_times
 from sdeflow.losses.pixels import discretised_log_likelihood
+from sdeflow.losses.progressive import NodeLoss, progressive
 from sdeflow.losses.score_matching import implicit, sliced
 from sdeflow.losses.times import (
     log_normal_times,
@@ -25,6 +28,10 @@ __all__ = [
     "flow_matching",
     "kernel_matching",
     "kernel_score",
+    "NodeLoss",
+    "progressive",
+    "consistency",
+    "grid_times",
     "implicit",
     "sliced",
     "Weight",
@@ -43,5 +50,6 @@ __all__ = [
     "log_normal_times",
     "logit_normal_times",
     "importance_times",
+    "ImportanceTimes",
     "LossHistory",
 ]

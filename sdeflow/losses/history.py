@@ -82,9 +82,13 @@ class LossHistory:
         if not bool(torch.isfinite(losses).all()):
             raise ValueError("expected finite losses")
         keep = self._losses.shape[1]
-        for b, loss in zip(index.tolist(), losses.tolist(), strict=True):
-            self._losses[b, int(self._count[b]) % keep] = loss
-            self._count[b] += 1
+        order = torch.argsort(index, stable=True)
+        bins, total = index[order], torch.bincount(index, minlength=self.bins)
+        rank = torch.arange(len(bins)) - (total.cumsum(0) - total)[bins]  # among the losses of its bin
+        newest = rank >= total[bins] - keep
+        slot = (self._count[bins] + rank) % keep
+        self._losses[bins[newest], slot[newest]] = losses[order][newest]
+        self._count += total
 
 
 def importance_times(
@@ -110,3 +114,30 @@ def importance_times(
     index, weights = history.draw(n, generator=generator)
     share = (index + torch.rand(n, dtype=torch.float64, generator=generator)) / history.bins
     return low + (process.t1 - low) * share, weights, index
+
+
+class ImportanceTimes:
+    """`importance_times` with the history that it learns: what `sdeflow.training.train` takes as `times`.
+
+    Called with a process and n it gives (times, weights); `update` tells it the losses of those times.
+
+    Args:
+        history: its bins are equal parts of the span; 100 bins unless given.
+        t_min: the lower end, as of `importance_times`.
+    """
+
+    def __init__(self, history: LossHistory | None = None, t_min: float | None = None) -> None:
+        self.history, self.t_min = LossHistory(100) if history is None else history, t_min
+        self._bins = torch.zeros(0, dtype=torch.long)
+
+    def __repr__(self) -> str:
+        return f"ImportanceTimes({self.history!r})"
+
+    def __call__(self, process: GaussianSDE, n: int) -> tuple[Tensor, Tensor]:
+        """(times, weights), (n,) float64, from torch's global generator."""
+        times, weights, self._bins = importance_times(process, n, self.history, self.t_min)
+        return times, weights
+
+    def update(self, losses: Tensor) -> None:
+        """Keep the losses (n,), without their weights, of the times of the last call."""
+        self.history.update(self._bins, losses)

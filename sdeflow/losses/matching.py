@@ -52,7 +52,7 @@ def denoising(
     a, b = row_of(as_, process, t)
     target = a.to(x0.dtype) * x0 + b.to(x0.dtype) * eps
     error = model(process.perturb(x0, t, eps), t, as_) - target
-    return _mean(error.square(), weight, process, t, as_)
+    return weighted_mean(error.square(), weight, process, t, as_)
 
 
 def flow_matching(model: Model, x0: Tensor, t: Time, eps: Tensor, *, weight: AnyWeight | None = None) -> Tensor:
@@ -85,7 +85,7 @@ def kernel_matching(model: Model, x: Tensor, t: Time, target: Tensor, *, weight:
         raise ValueError(f"expected target of the shape of x, {tuple(x.shape)}, got {tuple(target.shape)}")
     t = align(t, x)
     error = model.score(x, t) - target.detach().to(x.dtype)
-    return _mean(error.square(), weight, model.sde, t, "score")
+    return weighted_mean(error.square(), weight, model.sde, t, "score")
 
 
 def kernel_score(process: SDE, x: Tensor, t: Time, x0: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def _need_noise(std: Tensor, t: Tensor) -> None:
         raise ValueError(f"the kernel has no density at t = {float(t.min()):g}: expected times with noise")
 
 
-def _mean(square: Tensor, weight: AnyWeight | None, sde: SDE, t: Tensor, prediction: str) -> Tensor:
+def weighted_mean(square: Tensor, weight: AnyWeight | None, sde: SDE, t: Tensor, prediction: str) -> Tensor:
     """The weighted mean over components, (batch,)."""
     if weight is not None:
         # (batch, 1, ..., 1) or 0-d as t is

@@ -6,6 +6,7 @@ from sdeflow.solvers.ancestral import DDPM, AncestralPredictor, EulerAncestral, 
 from sdeflow.solvers.backends import Scipy, Torchdiffeq, Torchsde
 from sdeflow.solvers.base import LinearSolver, Solver
 from sdeflow.solvers.catalogue import CATALOGUE, Row, by_name
+from sdeflow.solvers.consistency import ConsistencySampler
 from sdeflow.solvers.edm import EDMEuler, EDMHeun, EDMSampler
 from sdeflow.solvers.euler_maruyama import EulerMaruyama
 from sdeflow.solvers.exponential import (
@@ -27,6 +28,7 @@ from sdeflow.solvers.named import DPM2, ERSDE, IPNDM, LMS, PNDM, RhoRK, SASolver
 from sdeflow.solvers.own_eta import NoiseScale, OwnEta, Window
 from sdeflow.solvers.restart import Restart, RestartInterval
 from sdeflow.solvers.reversible import Reversible
+from sdeflow.solvers.reversible_heun import ReversibleHeun
 from sdeflow.solvers.rosenbrock import ROS2, ROS34PW2, Rosenbrock
 from sdeflow.solvers.runge_kutta import (
     DOP853,
@@ -75,6 +77,7 @@ __all__ = [
     "ReverseDiffusion",
     "SASolver",
     "Window",
+    "ConsistencySampler",
     "DDIM",
     "DDPM",
     "DEIS",
@@ -114,6 +117,7 @@ __all__ = [
     "Restart",
     "RestartInterval",
     "Reversible",
+    "ReversibleHeun",
     "RhoRK",
     "Rosenbrock",
     "Row",

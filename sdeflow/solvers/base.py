@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Protocol
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from sdeflow.kept import Kept, bits, constant
 from sdeflow.noise import Noise
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sde import Problem
@@ -28,6 +29,40 @@ class Stepper(Protocol):
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """The state at grid[i + 1] from the state `x` at grid[i]; steps are taken in order."""
+        ...
+
+
+Memory = dict[Hashable, Tensor]
+"""What a stepper keeps between steps: past evaluations, a second state."""
+
+
+@runtime_checkable
+class Replayable(Protocol):
+    """A stepper whose steps can be made again from any step that it has passed (`sdeflow.gradients`)."""
+
+    calls: int
+
+    def step(self, i: int, x: Tensor) -> Tensor: ...
+
+    def remember(self) -> Memory:
+        """What the next step needs besides its state; empty at the start and for one-step methods."""
+        ...
+
+    def restore(self, memory: Memory, x: Tensor) -> None:
+        """Go on from such a memory, or from equal tensors, with the state `x` that belongs to it."""
+        ...
+
+
+Pull = Callable[[Sequence[Tensor], Tensor, Sequence[Tensor | None]], Tensor]
+"""`pull(outputs, leaf, cotangents)`: the cotangent of `leaf`; those of parameters are added up where it was made."""
+
+
+@runtime_checkable
+class Undoable(Protocol):
+    """A stepper whose solve can be undone step by step from its end."""
+
+    def gradient(self, given: dict[int, Tensor], pull: Pull) -> Tensor:
+        """The gradient of the start, from those `given` of the states at places of the grid, after the last step."""
         ...
 
 
@@ -130,8 +165,29 @@ class LinearSolver(Solver):
     def plan(self, problem: Problem, grid: Tensor) -> Plan:
         """All coefficients of all steps on `grid`, in float64, before the first model call."""
 
+    def plan_key(self, problem: Problem) -> Hashable | None:
+        """What `plan` reads of a problem, as a key to keep plans by; None where it may change unseen."""
+        return reversal_key(problem)
+
     def stepper(self, problem: Problem, x: Tensor, grid: Tensor, noise: Noise | None) -> Stepper:
-        return self.plan(problem, grid).stepper(problem, x, grid, noise)
+        plan = kept_plan(self, self.plan_key(problem), grid, lambda: self.plan(problem, grid))
+        return plan.stepper(problem, x, grid, noise)
+
+
+def reversal_key(problem: Problem) -> Hashable | None:
+    """The process, eta and direction of a reversal, if they cannot change."""
+    if isinstance(problem, ReverseSDE) and constant(problem.process) and constant(problem.eta):
+        return problem.process, problem.eta, problem.direction
+    return None
+
+
+def kept_plan(solver: Solver, made_for: Hashable | None, grid: Tensor, make: Callable[[], Plan]) -> Plan:
+    """The plan of an unchangeable solver for what `made_for` says, kept for the next solve on this grid."""
+    key = None if made_for is None or not constant(solver) else (solver, made_for, bits(grid))
+    return _PLANS.get(key, make)
+
+
+_PLANS: Kept[Plan] = Kept(64)
 
 
 def refuse_noise(name: str, problem: Problem) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdeflow.sde import Problem
 from sdeflow.solvers.base import Evaluate, Norm, per_row
-from sdeflow.solvers.tableaus import Coefficient, Tableau
+from sdeflow.solvers.tableaus import Coefficient, SparseRow, Tableau, sparse_row
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,16 @@ class RungeKuttaPair:
     def attempt(
         self, evaluate: Evaluate, problem: Problem, x: Tensor, s: Tensor, h: Tensor, k: Tensor
     ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
-        table, step = self.tableau, per_row(h, x).to(x.dtype)
-        stages, y = [k], x
-        for c, row in zip(table.c[1:], table.a[1:], strict=True):
-            y = x + step * combine(row, stages)
-            stages.append(evaluate(y, s + float(c) * h))
-        last = stages[-1] if table.first_same_as_last else None
+        table, step = self.tableau.sparse, per_row(h, x)
+        step = step if step.dtype == x.dtype else step.to(x.dtype)
+        stages, y, times = [k], x, clocks(s, h, table.c)
+        for at, row in zip(times[1:], table.a[1:], strict=True):
+            y = x + step * weighted(row, stages)
+            stages.append(evaluate(y, at))
+        last = stages[-1] if self.tableau.first_same_as_last else None
         if last is None:
-            y = x + step * combine(table.b, stages)
-        errors = [step * combine(row, stages) for row in (table.b_error, table.b_error_low) if row is not None]
-        return y, errors, last, stages
+            y = x + step * weighted(table.b, stages)
+        return y, [step * weighted(row, stages) for row in table.error], last, stages
 
     def size(self, norms: list[Tensor]) -> Tensor:
         if len(norms) == 1:
@@ -72,27 +72,38 @@ class RungeKuttaPair:
         return torch.where(scale > 0, high**2 / scale, scale)
 
     def dense_stages(self, evaluate: Evaluate, x: Tensor, s: Tensor, h: Tensor, stages: list[Tensor]) -> list[Tensor]:
-        stages, step = list(stages), per_row(h, x).to(x.dtype)
-        for c, row in zip(self.tableau.extra_c, self.tableau.extra_a, strict=True):
-            stages.append(evaluate(x + step * combine(row, stages), s + float(c) * h))
+        table, step, stages = self.tableau.sparse, per_row(h, x).to(x.dtype), list(stages)
+        for at, row in zip(clocks(s, h, table.extra_c), table.extra_a, strict=True):
+            stages.append(evaluate(x + step * weighted(row, stages), at))
         return stages
 
     def interpolate(self, x: Tensor, h: Tensor, theta: Tensor, stages: list[Tensor]) -> Tensor:
-        assert self.tableau.dense is not None
+        dense = self.tableau.sparse.dense
+        assert dense is not None
+        powers = [theta ** (p + 1) for p in range(max(p for row in dense for p, _ in row) + 1)]
         value = torch.zeros_like(x)
-        for row, k in zip(self.tableau.dense, stages, strict=True):
-            weight = torch.zeros_like(theta)
-            for p, c in enumerate(row):
-                weight = weight + float(c) * theta ** (p + 1)
-            value = value + per_row(h * weight, x).to(x.dtype) * k
+        for row, k in zip(dense, stages, strict=True):
+            if row:
+                value = value + per_row(h * weighted(row, powers), x).to(x.dtype) * k
         return x + value
 
 
-def combine(weights: Sequence[Coefficient], stages: list[Tensor]) -> Tensor:
-    """sum_j weights_j stages_j, elementwise: the same bits whatever the batch."""
-    total: Tensor | None = None
-    for w, k in zip(weights, stages, strict=False):
-        if w != 0:
-            total = float(w) * k if total is None else torch.add(total, k, alpha=float(w))
-    assert total is not None
+def clocks(s: Tensor, h: Tensor, shares: tuple[float, ...]) -> tuple[Tensor, ...]:
+    """s + c h for each share c."""
+    if not shares:
+        return ()
+    return (s + torch.tensor(shares, dtype=h.dtype, device=h.device)[:, None] * h).unbind()
+
+
+def weighted(row: SparseRow, stages: list[Tensor]) -> Tensor:
+    """sum_j w_j stages_j over the (j, w_j) of a row, elementwise: the same bits whatever the batch."""
+    (first, weight), *rest = row
+    total = weight * stages[first]
+    for j, w in rest:
+        total = torch.add(total, stages[j], alpha=w)
     return total
+
+
+def combine(weights: Sequence[Coefficient], stages: list[Tensor]) -> Tensor:
+    """sum_j weights_j stages_j over the stages there are."""
+    return weighted(sparse_row(weights[: len(stages)]), stages)

@@ -24,13 +24,15 @@ from torch import Tensor
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model
 from sdeflow.noise import DATA, Noise
+from sdeflow.pid import PID
 from sdeflow.plan import Plan, corrected_weights, eta_key, spliced
 from sdeflow.quadrature import gauss_legendre
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sde import Problem
 from sdeflow.solvers import tableaus
 from sdeflow.solvers.adams import lagrange_basis
-from sdeflow.solvers.base import Solver, Stepper, View, semilinear
+from sdeflow.solvers.base import Solver, Stepper, View, kept_plan, reversal_key, semilinear
+from sdeflow.solvers.split_march import SplitMarch
 
 _POINTS = 48
 _REACH = 24.0
@@ -127,9 +129,36 @@ class GaussianSplit(Solver):
             shift_weight=alpha1 - ratio * alpha0 - weights.sum(1),
         )
 
+    def march(
+        self, problem: Problem, x: Tensor, span: tuple[float, float], control: PID, save: Tensor | None
+    ) -> SplitMarch:
+        """The solve to a tolerance: the error of x at t = 0 against atol + rtol sqrt(mean variance), a sample.
+
+        Raises:
+            ValueError: a problem with noise, a variance of 0, or options that leave nothing to estimate the error with.
+        """
+        reverse = semilinear(self.name, problem)
+        if reverse.stochastic:
+            raise ValueError(f"{self.name} solves the probability flow to a tolerance: expected eta=0")
+        if self.start != "ramp" or not self.corrector:
+            raise ValueError(f"{self.name} to a tolerance starts by a ramp and estimates its error by the corrector")
+        event = x.shape[1:]
+        variance, axes = torch.as_tensor(self.variance, dtype=torch.float64).reshape(1), None
+        if not self._scalar:
+            variance, axes = _modes(torch.as_tensor(self.variance, dtype=torch.float64), event, event.numel())
+        if not float(variance.max()) > 0:
+            raise ValueError(
+                f"{self.name} to a tolerance measures errors in deviations of the data: expected variance > 0"
+            )
+        mean = torch.as_tensor(self.mean, dtype=torch.float64).expand(event).flatten()
+        return SplitMarch(
+            reverse, x, span, mean=mean, variance=variance, axes=axes, order=self.order, control=control, save=save
+        )
+
     def stepper(self, problem: Problem, x: Tensor, grid: Tensor, noise: Noise | None) -> Stepper:
         if self._scalar:
-            return self.plan(problem, grid).stepper(problem, x, grid, noise)
+            plan = kept_plan(self, reversal_key(problem), grid, lambda: self.plan(problem, grid))
+            return plan.stepper(problem, x, grid, noise)
         return _ModesRun(self, semilinear(self.name, problem), x, grid, noise)
 
 

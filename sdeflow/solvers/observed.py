@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdeflow.combined import usable_time
+from sdeflow.combined import usable_time, x0_of
 from sdeflow.noise import OBSERVED, Noise
 from sdeflow.observations import LinearObservation, check_fit, check_observation
 from sdeflow.plan import Plan
@@ -175,8 +175,10 @@ class _DPSRun:
         keep = torch.is_grad_enabled() and x.requires_grad
         with torch.inference_mode(False), torch.enable_grad():
             leaf = x if keep else x.detach().clone().requires_grad_()
-            residual = self._y - self._observation.forward(self._model.x0(leaf, usable_time(self._grid[i])))
+            t = usable_time(self._grid[i])
+            value = self._model(leaf, t, self._model.prediction)
             self._own += 1
+            residual = self._y - self._observation.forward(x0_of(self._model, leaf, t, value))
             distance = torch.linalg.vector_norm(residual.flatten(1), dim=1).sum()
             (gradient,) = torch.autograd.grad(distance, leaf, create_graph=keep)
         return self._stepper.step(i, x) - self._zeta * gradient

@@ -37,7 +37,7 @@ from sdeflow.model import Model
 from sdeflow.noise import Noise
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sde import Problem
-from sdeflow.solvers.base import Solver, Stepper, View, refuse_noise, semilinear
+from sdeflow.solvers.base import Memory, Pull, Solver, Stepper, View, refuse_noise, semilinear
 from sdeflow.solvers.embedded import combine
 from sdeflow.solvers.runge_kutta import Midpoint, RungeKutta
 from sdeflow.variables import variable
@@ -253,6 +253,28 @@ class _Run:
             y, z = self.down(i, y, z)
         return self._coupled(y, z, self.first)
 
+    def gradient(self, y: Tensor, z: Tensor, given: dict[int, Tensor], pull: Pull) -> Tensor:
+        """The steps undone from both states at the end, each followed by its transpose; see `Undoable`."""
+        none = torch.zeros_like(y)
+        a, b = given[self.steps].to(self.work) * self.last, none  # the cotangents of y and z
+        for i in reversed(range(self.steps)):
+            at, back = self._recorded(i, 1, y)
+            a = a + pull([back], at, [-b])
+            z = z + back.detach()
+            at, ahead = self._recorded(i, 0, z)
+            y = (y - (1 - self.l) * z - ahead.detach()) / self.l
+            b = b + (1 - self.l) * a + pull([ahead], at, [a])
+            a = self.l * a
+            if i in given and i > 0:
+                a = a + given[i].to(self.work) * self.at_grid[i]
+        start = ((a + b) / self.first).to(self.dtype)
+        return start + given[0] if 0 in given else start
+
+    def _recorded(self, i: int, back: int, y: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = y.detach().requires_grad_()
+            return leaf, self.psi(i, back, leaf)
+
     def _coupled(self, y: Tensor, z: Tensor, scale: float) -> Coupled:
         return Coupled((scale * y).to(self.dtype), (scale * z).to(self.dtype), self.grid, self.calls)
 
@@ -275,3 +297,15 @@ class _Forward:
         self._y, self._z = run.up(i, self._y, self._z)
         self._returned = (run.at_grid[i + 1] * self._y).to(run.dtype)
         return self._returned
+
+    def remember(self) -> Memory:
+        return {"y": self._y, "z": self._z} if self._y.numel() else {}
+
+    def restore(self, memory: Memory, x: Tensor) -> None:
+        if memory:
+            self._y, self._z, self._returned = memory["y"], memory["z"], x
+        else:
+            self._y = self._z = self._returned = torch.empty(0)
+
+    def gradient(self, given: dict[int, Tensor], pull: Pull) -> Tensor:
+        return self._run.gradient(self._y, self._z, given, pull)

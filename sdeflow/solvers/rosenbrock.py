@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sdeflow.noise import Noise
 from sdeflow.sde import Problem
-from sdeflow.solvers.base import Evaluate, Norm, Solver, Stepper, per_row, refuse_noise
+from sdeflow.solvers.base import Evaluate, Memory, Norm, Solver, Stepper, per_row, refuse_noise
 
 _TIME_SHARE = 1 / 256
 """f_t is the difference of f over this part of the step: the measured error of solves does not feel it between 1/100
@@ -193,6 +193,12 @@ class _RosenbrockRun:
         self.calls += 1
         self.products += jacobian.shape[-1]
         return _step(self._table, lambda k, y: self._drift(first + k, y), x, self._h[i], slope, later, jacobian)[0]
+
+    def remember(self) -> Memory:
+        return {}
+
+    def restore(self, memory: Memory, x: Tensor) -> None:
+        pass
 
     def _drift(self, row: int, x: Tensor) -> Tensor:
         self.calls += 1

@@ -6,6 +6,7 @@ an error estimate is stepped per sample (`sdeflow.control.Adaptive`).
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,9 @@ class RungeKutta(LinearSolver):
 
     def check(self, problem: Problem) -> None:
         refuse_noise(self.name, problem)
+
+    def plan_key(self, problem: Problem) -> Hashable | None:
+        return ()  # times and weights are those of the grid, whatever the problem
 
     def plan(self, problem: Problem, grid: Tensor) -> Plan:
         table = self.tableau

@@ -15,7 +15,7 @@ from sdeflow.calculus import NOISE_KINDS, NoiseKind, noise_kind
 from sdeflow.noise import Noise
 from sdeflow.pid import PID
 from sdeflow.sde import SDE, Problem, checked_shape, multiply_noise, noise_shape
-from sdeflow.solvers.base import Solver, Stepper
+from sdeflow.solvers.base import Memory, Solver, Stepper
 from sdeflow.times import Each
 
 H = Tensor | float
@@ -188,6 +188,12 @@ class GridRun:
         self._reached = self._advance(i, y)
         self._returned = self._reached.to(x.dtype)
         return self._returned
+
+    def remember(self) -> Memory:
+        return {} if self._reached is self._returned else {"reached": self._reached}
+
+    def restore(self, memory: Memory, x: Tensor) -> None:
+        self._reached, self._returned = memory.get("reached", x), x
 
     def _advance(self, i: int, x: Tensor) -> Tensor:
         """The step, in the dtype it is made in."""

@@ -8,8 +8,11 @@ of the weight of stage i at x(t + theta h), over the stages and the `extra_` one
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction as F
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -57,10 +60,48 @@ class Tableau:
             if error is not None and abs(_sum(error)) > 1e-14:
                 raise ValueError(f"{self.name}: expected sum(b_error) = 0, got {_sum(error)}")
 
-    @property
+    def __hash__(self) -> int:
+        return hash((self.name, self.order))  # not of a hundred fractions, at every solve
+
+    @cached_property
     def first_same_as_last(self) -> bool:
         """Whether the last stage is evaluated at the step's result, to open the next step."""
         return len(self.b) > 1 and self.c[-1] == 1 and self.b[-1] == 0 and self.a[-1] == self.b[:-1]
+
+    @cached_property
+    def sparse(self) -> Sparse:
+        """The coefficients as floats, the zeros left out: a hundred fractions are not converted at every step."""
+        error = tuple(sparse_row(row) for row in (self.b_error, self.b_error_low) if row is not None)
+        return Sparse(
+            c=tuple(float(c) for c in self.c),
+            a=tuple(sparse_row(row) for row in self.a),
+            b=sparse_row(self.b),
+            error=error,
+            dense=None if self.dense is None else tuple(sparse_row(row) for row in self.dense),
+            extra_c=tuple(float(c) for c in self.extra_c),
+            extra_a=tuple(sparse_row(row) for row in self.extra_a),
+        )
+
+
+SparseRow = tuple[tuple[int, float], ...]
+"""(place, coefficient) of those that are not 0."""
+
+
+class Sparse(NamedTuple):
+    """The coefficients of a `Tableau`, under the same names; `error` has a row for each estimate."""
+
+    c: tuple[float, ...]
+    a: tuple[SparseRow, ...]
+    b: SparseRow
+    error: tuple[SparseRow, ...]
+    dense: tuple[SparseRow, ...] | None
+    extra_c: tuple[float, ...]
+    extra_a: tuple[SparseRow, ...]
+
+
+def sparse_row(row: Sequence[Coefficient]) -> SparseRow:
+    """A row without its zeros."""
+    return tuple((j, float(v)) for j, v in enumerate(row) if v != 0)
 
 
 EULER = Tableau("Euler", 1, (0,), ((),), (1,), reference="Hairer, Norsett, Wanner 1993, Solving ODEs I, II.1")

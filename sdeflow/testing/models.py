@@ -130,18 +130,20 @@ def _conversions(subject: _Subject) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _contract(subject: _Subject) -> list[Finding]:
-    """Shapes, dtypes, times, batches and calls."""
+def _contract(subject: _Subject, expected: int | None) -> list[Finding]:
+    """Shapes, dtypes, times, batches and calls; `expected` calls of networks a reading, None for the first's."""
     kept, single, times, batch, untouched, calls = (Worst() for _ in range(6))
     model, count = subject.model, subject.rows
     for t in subject.times:
         x = subject.x(t)
         whole = subject.at(x, t)
-        before = x.clone()
+        before, made = x.clone(), expected
         for name in subject.readings:
             seen = model.nfe
             value = subject.at(x, t, name)
-            calls.add(abs(model.nfe - seen - 1), reading=name, calls=model.nfe - seen, t=t)
+            rise = model.nfe - seen
+            made = max(rise, 1) if made is None else made  # a reading that counts nothing is past the counter
+            calls.add(abs(rise - made), reading=name, calls=rise, t=t)
             kept.add(float(value.shape != x.shape or value.dtype != x.dtype), reading=name, t=t)
         untouched.add(float((x != before).any()), t=t)
         low = subject.in_float32(t)
@@ -173,7 +175,9 @@ def _contract(subject: _Subject) -> list[Finding]:
             "batch", "s of sample i alone, in a part, permuted", tight,
             "statistics over the batch: batch normalisation in training mode, a mean over samples; or dropout"),
         untouched.finding("input untouched", "x after = x before", 0, "the network writes into its input"),
-        calls.finding("calls counted", "nfe rises by 1 a reading", 0, "a call past the counter, or one repeated"),
+        calls.finding(
+            "calls counted", f"nfe rises by {'as much' if expected is None else expected} a reading", 0,
+            "a call past the counter, or one repeated; a guided model asks several networks: set calls="),
     ]  # fmt: skip
 
 
@@ -306,6 +310,7 @@ def check_model(
     seed: int = 0,
     exact: bool = False,
     samples: Tensor | None = None,
+    calls: int | None = 1,
 ) -> Report:
     """Hold a model, or a score, to what `solve` takes for granted and, where the data are known, to its density.
 
@@ -322,11 +327,15 @@ def check_model(
         exact: an asymmetric Jacobian of the score is a failure (closed forms), not a warning (trained networks).
         samples: data (n, *event): the score must have mean 0 and E[x.s] = -D over them, noised; within 5.5 standard
             errors, which a sound one leaves with probability 4e-8 a component and time.
+        calls: of networks that one reading makes: 2 for classifier-free guidance. None asks only for one or more, and
+            for as many by every reading of a time, as where guidance has an interval.
 
     Raises:
         TypeError: a callable without a process.
-        ValueError: no event is known, or `process` is not the model's.
+        ValueError: no event is known, `process` is not the model's, or calls < 1.
     """
+    if calls is not None and (isinstance(calls, bool) or not isinstance(calls, int) or calls < 1):
+        raise ValueError(f"expected calls >= 1, or None, got {calls!r}")
     if not isinstance(model, Model) and process is None:
         raise TypeError("expected process= with a callable score(x, t)")
     known = model if isinstance(model, Model) and process is None else as_model(model, process)  # type: ignore[arg-type]
@@ -338,7 +347,7 @@ def check_model(
     rows = [len(v) for v in known.conditions.values() if isinstance(v, Tensor)]
     subject = _Subject(known, tuple(event), rows[0] if rows else points, seed)
     field, warning = _gradient_field(subject, exact, seed)
-    findings = [*_conversions(subject), *_contract(subject), *_ends(subject), _conditions(subject), field]
+    findings = [*_conversions(subject), *_contract(subject, calls), *_ends(subject), _conditions(subject), field]
     findings.append(_density(subject, log_density))
     # conditions belong to their own samples, not to those of the data
     findings.append(_stein(subject, None if rows else samples, seed))
