@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from sdeflow import bench, grids, guidance, inverse, losses, metrics, nets, problems, solvers, testing
+from sdeflow import bench, grids, guidance, inverse, losses, metrics, nets, problems, solvers, testing, tuning
 from sdeflow.brownian import BrownianPath
 from sdeflow.checkpoints import load_model, save_model
 from sdeflow.coding import decode, encode, interpolate, interpolate_data
@@ -16,6 +16,7 @@ from sdeflow.noise import Antithetic, Noise, SamePath
 from sdeflow.plan import Plan
 from sdeflow.processes import EDM, VE, VP, CosineVP, DiscreteVP, RectifiedFlow, SubVP
 from sdeflow.pushforward import Pushforward
+from sdeflow.recommendation import Recommendation, recommend
 from sdeflow.recorded import RecordedPath
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sampling import sample
@@ -24,6 +25,7 @@ from sdeflow.solution import Solution, SolveError, State, Stats, Status
 from sdeflow.solve import iterate, solve
 from sdeflow.special import CIR, Jacobi, Sphere, SquaredBessel
 from sdeflow.structure import Structure
+from sdeflow.tuning import tune
 
 __version__ = _version("sdeflow")
 
@@ -49,6 +51,7 @@ __all__ = [
     "Noise",
     "Plan",
     "Pushforward",
+    "Recommendation",
     "RectifiedFlow",
     "ReverseSDE",
     "SinhOU",
@@ -82,9 +85,12 @@ __all__ = [
     "moments",
     "nets",
     "problems",
+    "recommend",
     "sample",
     "save_model",
     "solve",
     "solvers",
     "testing",
+    "tune",
+    "tuning",
 ]

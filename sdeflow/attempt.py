@@ -100,4 +100,3 @@ class Attempt:
 def finite(k: Tensor) -> Tensor:
     """Which samples of k (batch, *event) have no infinite or undefined component: 0 k is 0 there, and NaN else."""
     return (k.detach() * 0).reshape(k.shape[0], -1).sum(1) == 0
-

@@ -25,6 +25,7 @@ except ImportError as error:
 
 from sdeflow.bench.cli import bench_command, report_command
 from sdeflow.testing.cli import check_command
+from sdeflow.tuning.cli import tune_command
 
 app = typer.Typer(
     help="SDE and ODE solvers with a diffusion front end.",
@@ -131,3 +132,4 @@ app.command("report", epilog="Example: sdeflow report a/results.jsonl b/results.
 app.command("check", epilog="Example: sdeflow check my_process.py:DoubleWell --emit-tests tests/test_my_process.py")(
     check_command
 )
+app.command("tune", epilog="Example: sdeflow tune digits --steps 10 --out results/digits-10.json")(tune_command)

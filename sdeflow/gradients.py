@@ -32,10 +32,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sdeflow.control import FixedGrid
-from sdeflow.sde import ODE, SDE, Evaluator, Problem, checked_shape
+from sdeflow.pullback import Pullback, check_known, parameters_of
+from sdeflow.sde import ODE, Evaluator, Problem, checked_shape
 from sdeflow.solution import Solution
 from sdeflow.solvers.adams import Adams
 from sdeflow.solvers.backends import March
@@ -76,88 +76,6 @@ def _undoes(solver: Solver) -> bool:
     return isinstance(solver, (Reversible, ReversibleHeun))
 
 
-# ---- parameters
-
-
-def leaves(outputs: Sequence[Tensor]) -> dict[int, Tensor]:
-    """The tensors at the ends of the outputs' record, by id."""
-    found: dict[int, Tensor] = {}
-    ahead = [v.grad_fn for v in outputs if v.grad_fn is not None]
-    found.update((id(v), v) for v in outputs if v.requires_grad and v.grad_fn is None)
-    seen = set(ahead)
-    while ahead:
-        node = ahead.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found[id(variable)] = variable
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                ahead.append(following)
-    return found
-
-
-def parameters_of(problem: Problem, x: Tensor, t: Tensor) -> list[Tensor]:
-    """The parameters of `problem`: what its drift and diffusion use at (x, t), and what its attributes hold."""
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        outputs = [problem.drift(leaf, t)]
-        if problem.stochastic and isinstance(problem, SDE):
-            outputs.append(torch.as_tensor(problem.diffusion(leaf, t)))
-    found = leaves(outputs)
-    for value in (*vars(problem).values(), *(model.net for model in problem.models())):
-        if isinstance(value, torch.nn.Module):
-            found.update((id(p), p) for p in value.parameters() if p.requires_grad)
-        elif isinstance(value, Tensor) and value.requires_grad and value.is_leaf:
-            found[id(value)] = value
-    found.pop(id(leaf), None)
-    return list(found.values())
-
-
-class _Pullback:
-    """Cotangents pulled back through a record; those of the parameters are added up."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = tuple(parameters)
-        self._known = {id(p) for p in parameters}
-        self.sums: list[Tensor | None] = [None] * len(parameters)
-
-    def __call__(self, outputs: Sequence[Tensor], leaf: Tensor, cotangents: Sequence[Tensor | None]) -> Tensor:
-        (found,) = self.pull(outputs, [leaf], cotangents)
-        return torch.zeros_like(leaf) if found is None else found
-
-    def pull(
-        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
-        """The cotangents of `inputs`, None for those that were not used."""
-        pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if c is not None and y.requires_grad]
-        if not pairs:
-            return [None] * len(inputs)
-        recorded = [y for y, _ in pairs]
-        check_known(recorded, self._known, inputs)
-        # the record of what lies before the solve, such as a parameter's own formula, is used again by the next step
-        grads = torch.autograd.grad(
-            recorded, [*inputs, *self._parameters], [c for _, c in pairs], allow_unused=True, retain_graph=True
-        )
-        for i, g in enumerate(grads[len(inputs) :]):
-            if g is not None:
-                own = self.sums[i]
-                self.sums[i] = g.clone() if own is None else own.add_(g)
-        return list(grads[: len(inputs)])
-
-
-def check_known(outputs: Sequence[Tensor], known: set[int], inputs: Sequence[Tensor]) -> None:
-    """Refuse a record that ends in a tensor which would get no gradient."""
-    own = {id(v) for v in inputs}
-    for key, value in leaves(outputs).items():
-        if key not in known and key not in own:
-            raise RuntimeError(
-                f"a tensor of shape {tuple(value.shape)} that requires gradients is used in the solve, but not by the "
-                "drift and the diffusion at its start, and is no attribute of the problem: its gradient would be lost; "
-                'make it (or its module) an attribute, or use gradient="direct"'
-            )
-
-
 # ---- the result and its gradient
 
 
@@ -171,8 +89,9 @@ class _Attached(torch.autograd.Function):
         return x_end.clone(), None if xs is None else xs.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, end: Tensor | None, saved: Tensor | None) -> Any:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError('only gradient="direct" has second derivatives (create_graph=True)')
         start, parameters = ctx.record.backward(end, saved)
         return (None, None, None, start, *parameters)
 
@@ -197,7 +116,7 @@ class Record(ABC):
         self.solution = solution
         if not any(v.requires_grad for v in (self.start, *self.parameters)):
             return solution
-        x, xs = _Attached.apply(self, solution.x, solution.xs, self.start, *self.parameters)  # type: ignore[no-untyped-call]
+        x, xs = _Attached.apply(self, solution.x, solution.xs, self.start, *self.parameters)
         return dataclasses.replace(solution, x=x, xs=xs)
 
     @abstractmethod
@@ -245,7 +164,7 @@ class Checkpoints(_OnGrid):
             yield march
 
     def backward(self, end: Tensor | None, saved: Tensor | None) -> tuple[Tensor | None, list[Tensor | None]]:
-        given, pullback = self._given(end, saved), _Pullback(self.parameters)
+        given, pullback = self._given(end, saved), Pullback(self.parameters)
         a, later = given[self._steps], dict[object, Tensor | None]()
         for number in reversed(range(len(self._kept))):
             first = number * self._stride
@@ -262,7 +181,7 @@ class Checkpoints(_OnGrid):
         a: Tensor,
         later: dict[object, Tensor | None],
         given: dict[int, Tensor],
-        pullback: _Pullback,
+        pullback: Pullback,
     ) -> tuple[Tensor, dict[object, Tensor | None]]:
         """Through one stretch: the gradients of its start and of the memory there, from those at its end."""
         stepper, last = self._stepper, min(first + self._stride, self._steps)
@@ -290,7 +209,7 @@ class Undone(_OnGrid):
 
     def backward(self, end: Tensor | None, saved: Tensor | None) -> tuple[Tensor | None, list[Tensor | None]]:
         assert isinstance(self.march.stepper, Undoable)
-        pullback = _Pullback(self.parameters)
+        pullback = Pullback(self.parameters)
         return self.march.stepper.gradient(self._given(end, saved), pullback), pullback.sums
 
 
@@ -298,7 +217,13 @@ class AdjointEquation(Record):
     """The adjoint equation, solved back from the end by way of the saved times."""
 
     def __init__(
-        self, problem: Problem, x: Tensor, march: March, solver: Solver, span: tuple[float, float], control: dict[str, Any]
+        self,
+        problem: Problem,
+        x: Tensor,
+        march: March,
+        solver: Solver,
+        span: tuple[float, float],
+        control: dict[str, Any],
     ) -> None:
         super().__init__(problem, x, march)
         # each stretch between saved times begins anew: with steps of full order

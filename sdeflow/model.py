@@ -202,11 +202,15 @@ class Model:
             )
         return p.tolist(), q.tolist()
 
-    def asker(self, times: Tensor) -> Evaluator:
-        """`ask(k, x)`: the network's own value at times[k], which it is told as it wants to be."""
+    def time_table(self, times: Tensor) -> Tensor:
+        """What the network is told about each of `times` (n,)."""
         known = constant(self.sde) and constant(self.time)
         key = (self.sde, self.time, bits(times)) if known else None
-        table = _TOLD.get(key, lambda: self._time_input(times))
+        return _TOLD.get(key, lambda: self._time_input(times))
+
+    def asker(self, times: Tensor) -> Evaluator:
+        """`ask(k, x)`: the network's own value at times[k], which it is told as it wants to be."""
+        table = self.time_table(times)
         told: Each | None = None
 
         def ask(k: int, x: Tensor) -> Tensor:

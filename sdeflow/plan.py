@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -70,6 +70,7 @@ class Plan(LinearSolver):
         noise_kind: "unit" multiplies `noise` with standard normals, "diffusion" with G(x, t) times them.
         process, eta: what the coefficients belong to (its repr, and `eta_key`); None when they do not depend on it.
         kick_ratio, kick_noise: (steps,) or None: step i begins from kick_ratio[i] x + kick_noise[i] xi instead of x.
+        note: where its numbers come from, as JSON: the figures of `sf.tune`; or None.
         shift, shift_weight: a constant of the event's shape (or 0-d) that row k adds times shift_weight[k]; or None.
     """
 
@@ -89,6 +90,7 @@ class Plan(LinearSolver):
     shift_weight: Tensor | None = None
     kick_ratio: Tensor | None = None
     kick_noise: Tensor | None = None
+    note: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         rows, steps = self.times.numel(), self.grid.numel() - 1
@@ -207,6 +209,7 @@ class Plan(LinearSolver):
         if not isinstance(record, dict) or record.pop("format", None) != _FORMAT:
             raise ValueError(f"{path}: expected a file of format {_FORMAT!r}")
         names = {f.name for f in fields(Plan)}
+        record.setdefault("note", None)  # plans of the first releases have none
         if set(record) != names:
             raise ValueError(f"{path}: expected the fields {sorted(names)}, got {sorted(record)}")
         try:

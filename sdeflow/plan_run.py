@@ -47,7 +47,7 @@ class PlanRun:
 
     def remember(self) -> dict[Hashable, Tensor]:
         """See `Replayable`; for a run that was made while gradients were recorded."""
-        memory: dict[Hashable, Tensor] = dict(self._kept)
+        memory: dict[Hashable, Tensor] = {slot: e for slot, e in self._kept.items()}
         if self._reached is not self._returned:  # the rounding of a 16-bit state
             memory["reached"] = self._reached
         return memory

@@ -171,14 +171,18 @@ class ReverseSDE(SDE):
             d_sigma = d_sigma + eta**2 * process.diffusion_coeff(t) ** 2 / (2 * process.sigma(t))
         return d_alpha, d_sigma
 
+    def row(self, target: str, times: Tensor) -> Row:
+        """(c, d) of a plan's target, c x_0 + d eps, at times (n,): the drift, a prediction, a variable's slope."""
+        process = self.gaussian
+        return self._drift_row(process, times) if target == "drift" else _target_row(target, process, times)
+
     def evaluator(self, target: str, times: Tensor) -> Evaluator:
         if not isinstance(self.process, GaussianSDE) and target == "drift":
             return super().evaluator(target, times)
         process, model = self.gaussian, self.model
 
         def factors() -> tuple[list[float], list[float]]:
-            row = self._drift_row(process, times) if target == "drift" else _target_row(target, process, times)
-            return model.factors(times, row)
+            return model.factors(times, self.row(target, times))
 
         fixed = constant(process) and constant(self.eta)
         key = (process, self.eta, model.prediction, target, bits(times)) if fixed else None

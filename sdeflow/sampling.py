@@ -8,12 +8,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model
 from sdeflow.plan import Plan
+from sdeflow.recommendation import recommend
 from sdeflow.reverse import Eta
 from sdeflow.solution import Solution
 from sdeflow.solve import Grid, Save, solve
 from sdeflow.solvers.base import Solver
+from sdeflow.solvers.gaussian_split import GaussianSplit
 
 
 def sample(
@@ -21,7 +24,7 @@ def sample(
     num: int,
     *,
     shape: tuple[int, ...],
-    solver: Solver,
+    solver: Solver | Literal["auto"] = "auto",
     steps: int | None = None,
     eta: Eta = 0.0,
     grid: Grid | None = None,
@@ -45,7 +48,9 @@ def sample(
         model: a `Model` of a GaussianSDE.
         num: number of samples.
         shape: of one sample.
-        solver, steps, grid, rtol, atol, t_span, save, progress, throw: as in `solve`.
+        solver: as in `solve`; "auto" is what `recommend` gives for `steps` model calls (eta 0 or 1), with its grid
+            unless one is given, or for a tolerance `GaussianSplit`.
+        steps, grid, rtol, atol, t_span, save, progress, throw: as in `solve`.
         eta: stochasticity of the reversal: 0 the flow, 1 the reverse SDE.
         seed: of the prior and the noise.
         index: the samples' indices: an offset, or one a sample, int64 (num,).
@@ -64,6 +69,8 @@ def sample(
     if final not in ("stay", "denoise", "zero"):
         raise ValueError(f'expected final "stay", "denoise" or "zero", got {final!r}')
     process = model.gaussian
+    if isinstance(solver, str):
+        solver, grid = _automatic(solver, process, steps, eta, grid, rtol is not None or atol is not None)
     if final == "zero":
         if t_span is not None or (grid is not None and not callable(grid)):
             raise ValueError('final="zero" ends the grid at t0 itself: give no t_span or grid of times')
@@ -83,6 +90,21 @@ def sample(
             x = model.x0(solution.x, end)
             solution = _with_call(solution, x, model.nfe - before)
     return solution
+
+
+def _automatic(
+    name: str, process: GaussianSDE, steps: int | None, eta: Eta, grid: Grid | None, to_tolerance: bool
+) -> tuple[Solver, Grid | None]:
+    if name != "auto":
+        raise TypeError(f'expected a solver such as sf.solvers.DPMSolverPP(2), or "auto", got {name!r}')
+    if to_tolerance:
+        return GaussianSplit(3), grid
+    if callable(eta) or eta not in (0, 1):
+        raise ValueError(f'solver="auto" knows the flow and the reverse SDE: expected eta 0 or 1, got {eta!r}')
+    if steps is None:
+        raise ValueError('solver="auto" expects steps, the model calls to spend, or rtol')
+    choice = recommend(process, nfe=steps, stochastic=eta == 1)
+    return choice.solver, choice.grid if grid is None else grid
 
 
 def _parameter(model: Model) -> Tensor | None:

@@ -456,3 +456,16 @@ def test_they_train(labels):
             student, data, steps=150, batch=64, log_every=10, loss=loss, times=grid_times(nodes), **given
         )
         assert history[-1]["loss"] < 0.67 * history[0]["loss"]
+
+
+def test_the_conditions_of_a_batch_reach_the_teacher():
+    """Its labels are the student's; without them the teacher's call fails."""
+    teacher = sf.Model(lambda x, t, label: label[:, None] * torch.ones_like(x), VP, "x0")
+    student = sf.Model(lambda x, t, label=None: torch.zeros_like(x), VP, "x0")
+    grid, x0 = to_zero(VP, 2), drawn(3, 2)
+    label = torch.tensor([1.0, 2.0, 3.0], dtype=F64)
+    for loss in (progressive(teacher, grid, weight=None), consistency(grid[1:], teacher=teacher)):
+        t = float(grid[0]) if loss.__qualname__.startswith("progressive") else float(grid[1])
+        torch.testing.assert_close(loss(student.bind(label=label), x0, t, x0), label**2)
+        with pytest.raises(TypeError, match="label"):
+            loss(student, x0, t, x0)

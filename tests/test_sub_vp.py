@@ -79,7 +79,7 @@ def test_every_method_of_the_catalogue_ends_in_the_law_of_the_data(row, eta):
         pytest.param(row, eta, id=f"{row.name}, eta {eta:g}")
         for row in catalogue.CATALOGUE
         for eta in etas(row)
-        if row.adaptive
+        if row.adaptive and not (eta > 0 and row.name.startswith("GaussianSplit"))  # to a tolerance, the flow only
     ],
 )
 def test_every_adaptive_method_ends_in_the_law_of_the_data(row, eta):

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sdeflow import grids
 from sdeflow.grids import GridFunction
@@ -14,6 +14,9 @@ from sdeflow.model import Model
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.catalogue import CATALOGUE, Row
 from sdeflow.solvers.gaussian_split import GaussianSplit, estimate_split
+
+if TYPE_CHECKING:
+    from sdeflow.plan import Plan
 
 T = TypeVar("T")
 
@@ -30,6 +33,7 @@ class Method:
         adaptive: solve to tolerances instead of on grids.
         fit: the solver made for a model and the shape of its samples, once a problem, instead of `make`; its calls
             are not counted.
+        plan: the plan that it is, which has a grid of its own; None for solvers.
     """
 
     name: str
@@ -38,6 +42,7 @@ class Method:
     eta: float = 0.0
     adaptive: bool = False
     fit: Callable[[Model, tuple[int, ...]], Solver] | None = None
+    plan: Plan | None = None
 
     def fitted(self, model: Model, shape: tuple[int, ...]) -> Method:
         """The method for one problem."""
@@ -59,7 +64,9 @@ class Job:
 
     @property
     def steps(self) -> int | None:
-        """Steps that the budget allows, rounded down."""
+        """Steps that the budget allows, rounded down; None where the grid or the tolerance says."""
+        if self.method.plan is not None:
+            return None
         return None if self.budget is None else self.budget // self.method.calls
 
 
@@ -96,14 +103,27 @@ GRIDS: dict[str, GridFunction] = {name: row.make for name, row in grids.GRIDS.it
 
 
 def methods_named(names: Iterable[str | Method]) -> list[Method]:
-    """The methods of those names; a Method is kept.
+    """The methods of those names; a Method is kept, a name that ends in .json is the file of a plan.
 
     Raises:
         ValueError: unknown names; the message lists what exists.
     """
-    names = list(names)
+    names = [tuned(n) if isinstance(n, str) and n.endswith(".json") else n for n in names]
     found = {n: METHODS[n] for n in _known([n for n in names if isinstance(n, str)], METHODS, "solver")}
     return _nonempty([n if isinstance(n, Method) else found[n] for n in names], "solver")
+
+
+def tuned(path: str) -> Method:
+    """A plan that `sf.tune` made and `Plan.save` wrote: on its own grid, whatever the budgets.
+
+    Raises:
+        ValueError: the file is not a plan.
+        OSError: it cannot be read.
+    """
+    from sdeflow.plan import Plan  # itself built on the solvers
+
+    plan = Plan.load(path)
+    return Method(f"{plan.name} ({plan.steps} steps)", lambda: plan, plan=plan)
 
 
 def grids_named(names: Iterable[str | GridFunction]) -> dict[str, GridFunction]:

@@ -35,6 +35,9 @@ class Axes:
     def jobs(self) -> Iterator[Job]:
         """Every run. Budgets below one step are left out."""
         for method in self.methods:
+            if method.plan is not None:
+                yield Job(method, "its own", budget=method.plan.nfe)
+                continue
             if method.adaptive:
                 yield from (Job(method, "adaptive", tolerance=tolerance) for tolerance in self.tolerances)
                 continue

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from sdeflow.grids.levels import cosine, exponential, flow_shift, karras, logsnr, polyexponential
+from sdeflow.grids.levels import cosine, exponential, flow_shift, karras, logistic, logsnr, polyexponential
 from sdeflow.grids.tables import leading, linspace, trailing
 from sdeflow.grids.times import beta, power, quadratic, uniform
 
@@ -58,6 +58,7 @@ GRIDS: dict[str, GridRow] = {
     "karras": GridRow(karras, "equal steps in (sigma/alpha)^(1/rho), rho = 7 by default", "finite levels"),
     "cosine": GridRow(cosine, "equal steps of the angle atan(sigma/alpha)", "levels"),
     "flow_shift": GridRow(flow_shift, "equal steps of a flow's time, shifted towards noise, 3 by default", "levels"),
+    "logistic": GridRow(logistic, "equal steps of a logistic function of lam around sigma/alpha = 0.5", "levels"),
     "trailing": GridRow(trailing, "table entries N/steps apart, from the last one", "table"),
     "leading": GridRow(leading, "table entries N // steps apart, from the first one plus an offset", "table"),
     "linspace": GridRow(linspace, "table entries at equal parts of the table, first and last included", "table"),
@@ -75,6 +76,7 @@ __all__ = [
     "karras",
     "leading",
     "linspace",
+    "logistic",
     "logsnr",
     "polyexponential",
     "power",

@@ -159,3 +159,26 @@ def flow_shift(
         "flow_shift", process, steps, t_start, t_end,
         clock=lambda alpha, sigma: sigma / (sigma + shift * alpha), lam=lambda u: torch.log((1 - u) / (shift * u)),
     )  # fmt: skip
+
+
+def logistic(
+    process: Problem,
+    steps: int,
+    t_start: float | None = None,
+    t_end: float | None = None,
+    *,
+    scale: float = 0.5,
+    width: float = 1.5,
+) -> Tensor:
+    """Equal steps of 1/(1 + (scale alpha/sigma)^(1/width)), a logistic function of lam.
+
+    Dense in lam around sigma/alpha = `scale`, where a flow bends: the standard deviation of the data, or its guess.
+    Towards both ends steps in lam grow, the slower the larger `width`; width = 1 is `flow_shift` with shift = scale.
+    Defined to alpha = 0 and to sigma = 0. The grid that `sf.recommend` gives: docs/tuning.md has the measurement.
+    """
+    check_positive(scale=scale, width=width)
+    return _by_clock(
+        "logistic", process, steps, t_start, t_end,
+        clock=lambda alpha, sigma: sigma ** (1 / width) / (sigma ** (1 / width) + (scale * alpha) ** (1 / width)),
+        lam=lambda w: width * torch.log((1 - w) / w) - math.log(scale),
+    )  # fmt: skip

@@ -189,7 +189,7 @@ FAMILY: tuple[Row, ...] = (
     *(
         Row(
             f"GaussianSplit({k})", partial(GaussianSplit, k), k + 1, 1, "transition", "this project: docs/solvers.md",
-            1, 1, ("additive",),
+            1, 1, ("additive",), True,
         )
         for k in (2, 3)
     ),

@@ -43,6 +43,7 @@ _REACH = 24.0
 class GaussianSplit(Solver):
     """Exponential multistep of order 1 to 4 with the score of N(mean, C) split off; one call a step.
 
+    On a grid, or the flow to a tolerance (rtol, atol) that is held against the error of x at t = 0: `split_march`.
     Reads the problem's eta. Needs only a rough C: a variance within a factor of 4 costs little.
 
     Args:
@@ -129,6 +130,11 @@ class GaussianSplit(Solver):
             shift_weight=alpha1 - ratio * alpha0 - weights.sum(1),
         )
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether it solves the flow to a tolerance."""
+        return self.start == "ramp" and self.corrector
+
     def march(
         self, problem: Problem, x: Tensor, span: tuple[float, float], control: PID, save: Tensor | None
     ) -> SplitMarch:
@@ -140,12 +146,11 @@ class GaussianSplit(Solver):
         reverse = semilinear(self.name, problem)
         if reverse.stochastic:
             raise ValueError(f"{self.name} solves the probability flow to a tolerance: expected eta=0")
-        if self.start != "ramp" or not self.corrector:
+        if not self.adaptive:
             raise ValueError(f"{self.name} to a tolerance starts by a ramp and estimates its error by the corrector")
         event = x.shape[1:]
-        variance, axes = torch.as_tensor(self.variance, dtype=torch.float64).reshape(1), None
-        if not self._scalar:
-            variance, axes = _modes(torch.as_tensor(self.variance, dtype=torch.float64), event, event.numel())
+        given = torch.as_tensor(self.variance, dtype=torch.float64)
+        variance, axes = (given.reshape(1), None) if self._scalar else _modes(given, event, event.numel())
         if not float(variance.max()) > 0:
             raise ValueError(
                 f"{self.name} to a tolerance measures errors in deviations of the data: expected variance > 0"
@@ -204,14 +209,15 @@ def _runge_kutta_rows(process: GaussianSDE, grid: Tensor, variance: float) -> tu
 def _table(reverse: ReverseSDE, grid: Tensor, variance: Tensor, order: int, corrector: bool, ready: int = 0) -> _Table:
     process, steps = reverse.gaussian, grid.numel() - 1
     alpha, lam = process.alpha(grid), process.lam(grid)
-    if not bool(torch.isfinite(lam[:-1]).all()):
-        raise ValueError(f"GaussianSplit needs alpha > 0 and sigma > 0 before the last time, got lam = {lam.tolist()}")
+    if not bool(torch.isfinite(lam[1:-1]).all() and (lam[0] < torch.inf)):
+        raise ValueError(f"GaussianSplit needs sigma > 0 before the last time, got lam = {lam.tolist()}")
     eta2 = reverse.mean_eta2(grid[:-1], grid[1:])[:, None]
-    level = torch.exp(-2 * lam)[:, None]
-    total = variance + level  # v + s^2
-    log_gain = torch.log(total[1:] / total[:-1])
-    ratio = torch.exp(0.5 * (1 + eta2) * log_gain) * (alpha[1:] / alpha[:-1])[:, None]
-    std = alpha[1:, None] * torch.sqrt(total[1:] * -torch.expm1(eta2 * log_gain))
+    total = alpha[:, None] ** 2 * variance + process.sigma(grid)[:, None] ** 2  # alpha^2 (v + s^2), finite at alpha = 0
+    shrink = total[1:] / total[:-1]
+    log_gain = torch.log(shrink) - 2 * torch.log(alpha[1:] / alpha[:-1])[:, None]  # of (v + s1^2)/(v + s0^2)
+    stirred = torch.where(eta2 > 0, eta2 * log_gain, 0.0)
+    ratio = torch.sqrt(shrink) * torch.exp(0.5 * stirred)
+    std = torch.sqrt(total[1:] * -torch.expm1(stirred))
 
     count = torch.clamp(torch.arange(steps) + 1, max=order)
     back = (torch.arange(steps)[:, None] - torch.arange(order)).clamp(min=0)
@@ -234,13 +240,19 @@ def _integrals(
     """alpha1 k int (v + s1^2)^k (v + s^2)^(-k - 1) l_j ds^2 over the steps: (steps, count, modes)."""
     start, end = lam[:-1][steps], lam[1:][steps]
     points, rule = gauss_legendre(_POINTS)
+    from_noise = ~torch.isfinite(start)  # alpha = 0: an evaluation there is no node of a polynomial in lam
+    used = used & torch.isfinite(nodes)
+    used[:, 0] |= ~used.any(1)
+    start = torch.where(from_noise, end - _REACH, start)
     h = torch.clamp(end - start, max=_REACH)[:, None]
     at = start[:, None] + h * points
     level, last = torch.exp(-2 * at)[..., None], torch.exp(-2 * end)[:, None, None]
     k = 0.5 * (1 + eta2[steps])[..., None]
     gain = torch.exp(k * torch.log((variance + last) / (variance + level)))
     kernel = (h * rule)[..., None] * 2 * k * level / (variance + level) * gain * alpha[1:][steps][:, None, None]
-    return torch.stack([(kernel * b[..., None]).sum(1) for b in lagrange_basis(at, nodes, used)], dim=1)
+    weights = torch.stack([(kernel * b[..., None]).sum(1) for b in lagrange_basis(at, nodes, used)], dim=1)
+    # the integral of a constant from s = infinity, whole
+    return torch.where(from_noise[:, None, None], used[..., None] * alpha[1:][steps][:, None, None], weights)
 
 
 class _ModesRun:
