@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor
 from sdeflow.control import Adaptive, FixedGrid
 from sdeflow.control_sde import AdaptivePath
 from sdeflow.gradients import Gradient, Record, check_gradient, new_record
+from sdeflow.kept import Kept
 from sdeflow.noise import Noise, NoiseSource, Seeded, fresh_seed
 from sdeflow.pid import PID
 from sdeflow.plan import Plan
 from sdeflow.sde import SDE, Problem
 from sdeflow.solution import Solution, SolveError, State
 from sdeflow.solvers.backends import Backend, March
-from sdeflow.solvers.base import Solver
+from sdeflow.solvers.base import Solver, reversal_key
 from sdeflow.solvers.gaussian_split import GaussianSplit
 from sdeflow.solvers.stochastic import StochasticSolver
 
@@ -282,7 +284,8 @@ def _checked_span(problem: Problem, t_span: tuple[float, float] | None) -> tuple
     if len(t_span) != 2:
         raise ValueError(f"expected t_span as (start, end), got {t_span!r}")
     start, end = (float(t) for t in t_span)
-    _check_times(problem, torch.tensor([start, end], dtype=torch.float64), "t_span")
+    if not (problem.t0 <= min(start, end) < max(start, end) <= problem.t1) or problem.stochastic:
+        _check_times(problem, torch.tensor([start, end], dtype=torch.float64), "t_span")
     return start, end
 
 
@@ -325,13 +328,20 @@ def _grid(
         if steps is None:
             raise ValueError("expected steps=, grid=, or (for an adaptive solver) rtol= and atol=")
         start, end = _checked_span(problem, t_span)
-        ts = (problem.default_grid if grid is None else _bound(grid, problem))(steps, start, end)
+        made_for = reversal_key(problem) if grid is None else None  # a function of the user's may do anything
+        key = None if made_for is None else (made_for, steps, start, end)
+        make = problem.default_grid if grid is None else partial(grid, problem)
+        return _GRIDS.get(key, lambda: _checked_grid(problem, make(steps, start, end), steps))
     else:
         if t_span is not None:
             raise ValueError("expected a grid of times or t_span, not both")
         ts = grid if isinstance(grid, Tensor) else torch.tensor(grid, dtype=torch.float64)
         if ts.is_complex() or ts.dtype == torch.bool:
             raise TypeError(f"expected real times in grid, got {ts.dtype}")
+    return _checked_grid(problem, ts, steps)
+
+
+def _checked_grid(problem: Problem, ts: Tensor, steps: int | None) -> Tensor:
     ts = ts.detach().to(device="cpu", dtype=torch.float64)
     if ts.ndim != 1 or ts.numel() < 2:
         raise ValueError(f"expected grid as times of shape (steps + 1,), got shape {tuple(ts.shape)}")
@@ -341,8 +351,7 @@ def _grid(
     return ts
 
 
-def _bound(grid: Callable[..., Tensor], problem: Problem) -> Callable[[int, float, float], Tensor]:
-    return lambda steps, start, end: grid(problem, steps, start, end)
+_GRIDS: Kept[Tensor] = Kept(64)
 
 
 def _save_points(save: Save, ts: Tensor) -> list[int]:
