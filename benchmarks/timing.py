@@ -36,7 +36,7 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    Console(width=120).print(table)
+    Console(width=140).print(table)
 
 
 def _machine() -> str:

@@ -1,4 +1,4 @@
-"""One attempted step of a batch as a pure function of tensors: eager torch runs it, and a compiler can take it whole."""
+"""One attempted step of a batch as a pure function of tensors: eager torch runs it, a compiler can take it whole."""
 
 from __future__ import annotations
 

@@ -8,13 +8,15 @@ import math
 import torch
 from torch import Tensor
 
-from sdeflow.attempt import Attempt, Progress, finite
+from sdeflow.attempt import Attempt, Progress, Step, finite
+from sdeflow.compiled import compiled_step, evaluated
 from sdeflow.dense import DenseOutput
 from sdeflow.noise import Noise
 from sdeflow.pid import PID
-from sdeflow.sde import Problem, checked_shape
+from sdeflow.sde import Problem
 from sdeflow.solution import Solution, State, Stats, Status
 from sdeflow.solvers.base import Pair, Solver, Stepper
+from sdeflow.solvers.embedded import RungeKuttaPair
 
 
 class FixedGrid:
@@ -85,8 +87,8 @@ class Adaptive:
 
     Rejected samples keep their state; finished and failed ones are frozen at once, and leave the batch when the host
     next looks, so that they neither cost model calls nor touch the others. It looks after 1, 2, 4 and then every 8
-    attempts, and oftener towards the end: no later than after a quarter of the steps that the slowest sample would
-    still take at its present size.
+    attempts, and oftener towards the end: no later than after half of the steps that the slowest sample would
+    still take at its present size. A compiled step keeps the batch together.
     """
 
     def __init__(
@@ -97,7 +99,9 @@ class Adaptive:
         t_span: tuple[float, float],
         control: PID,
         save: Tensor | None,
+        compiled: bool = False,
     ) -> None:
+        self._compiled = compiled_step(pair, problem, save is not None) if compiled else None
         start, end = (pair.clock(problem, t) for t in t_span)
         self._pair, self._control = pair, control
         self._attempt = Attempt(pair, control, start, end, x.device)
@@ -115,6 +119,11 @@ class Adaptive:
         self._calls = 0
         s, running = per_sample(start), per_sample(True, torch.bool)
         k = self._evaluate(x, s)
+        if compiled and (x.requires_grad or k.requires_grad):
+            raise ValueError(
+                "compiled=True records no gradients: solve under torch.no_grad(), or with compiled=False, or with "
+                'gradient="adjoint"'
+            )
         with torch.no_grad():
             h = pair.first_step(self._evaluate, control.norm, x, s, k, end - start)
         self._cost = [self._calls]
@@ -146,9 +155,16 @@ class Adaptive:
     def advance(self) -> None:
         """One attempted step of every sample in the batch."""
         before = self._calls
-        self._now, step = self._attempt(self._evaluate, self._problem, self._now)
+        step: Step | None
+        if self._compiled is None:
+            self._now, step = self._attempt(self._evaluate, self._problem, self._now)
+        else:
+            keep = self._dense is not None
+            self._now, step = self._compiled(self._attempt, self._problem, self._now, self._dtype, keep)
+            assert isinstance(self._pair, RungeKuttaPair)
+            self._calls += len(self._pair.tableau.c) - 1
         self._cost.append(self._calls - before)
-        if self._dense is not None:
+        if self._dense is not None and step is not None:
             self._dense.add(self._attempts, step)
         self._unseen += 1
         if self._unseen >= self._look or self._attempts == self._control.max_steps:
@@ -174,9 +190,7 @@ class Adaptive:
     def _evaluate(self, x: Tensor, s: Tensor) -> Tensor:
         """One evaluation of the batch."""
         self._calls += 1
-        state = x if x.dtype == self._dtype else x.to(self._dtype)
-        value = checked_shape(self._pair.evaluate(self._problem, state, s), state, "the drift")
-        return value if value.dtype == x.dtype else value.to(x.dtype)
+        return evaluated(self._pair, self._problem, self._dtype, x, s)
 
     # ---- who is still in the batch
 
@@ -188,8 +202,8 @@ class Adaptive:
             for attempt in asked:
                 self._cost[attempt] += (self._calls - before) // len(asked)
         now, smallest = self._now, self._attempt.smallest
-        # nobody fails of too short a step before so many attempts that divide it by 5, or 4
-        to_end = (self._attempt.end - now.s).abs() / now.h / 4
+        # nobody fails of too short a step before so many attempts that divide it by 5
+        to_end = (self._attempt.end - now.s).abs() / now.h / 2
         to_end = torch.minimum(to_end, torch.log(now.h / smallest) / math.log(1 / self._control.shrink))
         longest = torch.where(now.running, to_end, 0.0).amax()
         count, attempts_left = torch.stack([now.running.sum(), longest]).tolist()
@@ -200,7 +214,7 @@ class Adaptive:
         self._running = 0 if out_of_steps else running
         self._status = self._status.index_copy(0, self._rows, self._verdict(out_of_steps))
         keep = min(-(-self._running // _KEEP) * _KEEP, self._rows.numel())
-        if keep < self._rows.numel():
+        if keep < self._rows.numel() and self._compiled is None:  # a compiled step is of one batch size
             self._leave(keep)
 
     def _verdict(self, out_of_steps: bool) -> Tensor:

@@ -71,8 +71,6 @@ def _choice(nfe: int, stochastic: bool) -> tuple[int, float]:
     """(order of the split, width of the grid)."""
     if stochastic:
         return 2, 1.5
-    if nfe < 7:
+    if nfe < 12:
         return 2, 1.0
-    if nfe < 13:
-        return 3, 1.5
     return 4, 1.5 if nfe < 30 else 2.0

@@ -47,6 +47,7 @@ def solve(
     throw: bool = True,
     max_steps: int = 100_000,
     gradient: Gradient = "direct",
+    compiled: bool = False,
 ) -> Solution:
     """Integrate `problem` from `x` with `solver`, on a grid or to a tolerance.
 
@@ -73,10 +74,13 @@ def solve(
             O(sqrt(steps)), on a grid; "adjoint" in memory that does not grow with the steps, by undoing the steps of
             a reversible method or by the adjoint equation of an ODE (`sdeflow.gradients`). The last two are of first
             order only.
+        compiled: to a tolerance, with an explicit Runge-Kutta pair: run each attempted step as one function of
+            `torch.compile`, the drift inside. Some ten seconds the first time, for cheap drifts of torch operations.
 
     Raises:
         ValueError, TypeError: input that cannot be solved; before the first model call.
         SolveError: a sample failed and `throw` is set; it carries the solution.
+        RuntimeError: `compiled`, and the drift does not compile or there is no C++ compiler.
     """
     before = _network_calls(problem)  # before the march is made: one to a tolerance makes its first call then
     to_tolerance = rtol is not None or atol is not None
@@ -86,7 +90,9 @@ def solve(
         check_gradient(gradient, problem, solver, to_tolerance)
     with torch.set_grad_enabled(torch.is_grad_enabled() and gradient != "adjoint"):
         start = x.detach() if lean else x
-        march = _march(problem, start, solver, steps, grid, rtol, atol, t_span, seed, index, noise, save, max_steps)
+        march = _march(
+            problem, start, solver, steps, grid, rtol, atol, t_span, seed, index, noise, save, max_steps, compiled
+        )
     record: Record | None = None
     run = _run(march)
     if lean:
@@ -173,9 +179,12 @@ def _march(
     noise: NoiseSource | None,
     save: Save,
     max_steps: int,
+    compiled: bool = False,
 ) -> March:
     _check_types(problem, x, solver)
     _check_noise(noise, seed)
+    if compiled and (solver.pair is None or (rtol is None and atol is None)):
+        raise ValueError("compiled=True takes a tolerance (rtol, atol) and a solver with an embedded pair, as Tsit5")
     problem.check_batch(x.shape[0])
     solver.check(problem)
     if rtol is not None or atol is not None:
@@ -207,7 +216,7 @@ def _march(
             raise ValueError(
                 f"{solver.name} has no dense output: expected save=None, or a grid through the times to save"
             )
-        return Adaptive(pair, problem, x, span, control, _save_times(save, span, x.device))
+        return Adaptive(pair, problem, x, span, control, _save_times(save, span, x.device), compiled)
     ts = _grid(problem, solver, steps, grid, t_span)
     bound = _bind(noise, seed, x, index) if solver.draws_noise(problem) else None
     return FixedGrid(solver, problem, x, ts, bound, _save_points(save, ts))

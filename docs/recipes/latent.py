@@ -98,7 +98,7 @@ def train(steps: int = 4000, seed: int = 0) -> Latent:
 
 
 def samples(latent: Latent, num: int, seed: int = 0) -> report.Samples:
-    """Decoded images; beside them real digits through the autoencoder alone, which bound what a diffusion can reach."""
+    """Decoded images; beside them real digits through the autoencoder alone: about the best a diffusion can do."""
     run = partial(sf.sample, latent.model, num, shape=(CODE,), seed=seed)
     images = report.Samples(
         {

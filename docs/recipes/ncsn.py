@@ -1,10 +1,10 @@
 """NCSN (Song and Ermon 2019, Generative modeling by estimating gradients of the data distribution) on the digits.
 
-As in the paper: ten levels in geometric progression, a hundred times apart, and one network told the level; score
-matching weighted by sigma^2; annealed Langevin dynamics of 100 steps a level, with the paper's ratio of step to level.
-Pixels are in [-1, 1] and not in [0, 1], so that levels, 2 to 0.02, are doubled and steps four times as long. Sampling
-begins from the noise of one level above the ten, not from uniform pixels. Shrunk: an MLP for the RefineNet, inside the
-scaling of EDM, through which it sees all levels alike; the loss is that of the score that follows.
+As in the paper: ten levels in geometric progression, and one network told the level; score matching weighted by
+sigma^2; annealed Langevin dynamics of 100 steps a level, with the paper's ratio of step to level. Levels run from 2.4
+to 0.02: the paper's, 1 to 0.01 for pixels in [0, 1], are 2 to 0.02 for pixels in [-1, 1]. Sampling begins at noise one
+level above the ten, not from uniform pixels. Shrunk: an MLP for the RefineNet, inside the scaling of EDM, through which
+it sees all levels alike; the loss is that of the score that follows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sdeflow import training
 from sdeflow.data import digits
 
 LEVELS = 10
-PROCESS = sf.VE(0.02, 2 * 100 ** (1 / 9))  # the level above the ten is the last one of the process
+PROCESS = sf.VE(0.02, 4.0)
 
 
 def level_times(process: sf.GaussianSDE, n: int) -> Tensor:
