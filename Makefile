@@ -17,11 +17,17 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # One thread per worker: more would fight over the same cores.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
+# The other libraries live in an environment of their own.
+PEERS_VENV := .venv-peers
+PEERS_PIP := $(PEERS_VENV)/bin/python -m pip --quiet --disable-pip-version-check
+PEERS_STAMP := $(PEERS_VENV)/.installed
+PEERS := diffusers azula torchdiffeq torchsde torchode 'jax[cpu]' diffrax
+
 ifneq ($(shell test -x $(BIN)/python && cat $(STAMP) 2>/dev/null),$(CURDIR))
 $(STAMP): remake
 endif
 
-.PHONY: help venv bench test test-slow lint format clean remake
+.PHONY: help venv bench peers test test-slow lint format clean remake
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r target text; do \
@@ -31,6 +37,10 @@ venv: $(STAMP) ## make .venv with the project (editable) and everything it needs
 
 bench: $(STAMP) ## run the quick benchmark; report in results/quick/report.html
 	$(BIN)/sdeflow bench --suite quick --out results/quick
+
+peers: $(PEERS_STAMP) ## compare with other libraries in .venv-peers; tables in docs/peers.md
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PEERS_VENV)/bin/python -m benchmarks.peers \
+		--json results/peers.json --markdown docs/peers.md
 
 test: lint ## lint, types, then every test that is not slow
 	$(PYTEST)
@@ -47,8 +57,8 @@ format: $(STAMP) ## apply ruff's fixes and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove what these targets made: .venv, results/quick, caches
-	rm -rf $(VENV) results/quick build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## remove what these targets made: environments, results/quick, results/peers.json, caches
+	rm -rf $(VENV) $(PEERS_VENV) results/quick results/peers.json build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 remake:
@@ -63,4 +73,18 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt '$(TORCH)'
 	$(PIP) install -c constraints.txt hatchling editables
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@echo '$(CURDIR)' > $@
+
+# Every other library is optional: one that does not install costs a line here and its rows there.
+# The constraints keep torch and numpy where they are.
+$(PEERS_STAMP): pyproject.toml constraints.txt
+	@echo "Installing the other libraries into $(PEERS_VENV) (some minutes on a new machine)"
+	@rm -rf $(PEERS_VENV)
+	@$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_PIP) install -c constraints.txt '$(TORCH)'
+	$(PEERS_PIP) install -c constraints.txt hatchling editables
+	$(PEERS_PIP) install -c constraints.txt --no-build-isolation -e .
+	@for peer in $(PEERS); do \
+		$(PEERS_PIP) install -c constraints.txt "$$peer" || echo "$$peer did not install: its rows are left out"; \
+	done
 	@echo '$(CURDIR)' > $@

@@ -23,9 +23,9 @@ STEPS = 50
 Net = Callable[[Tensor, Tensor], Tensor]
 
 
-def mixture(components: int = 8) -> Net:
+def mixture(components: int = 8, dtype: torch.dtype = torch.float32) -> Net:
     """The noise of a mixture of equal Gaussians on a circle, in the plane: softmax over the first dimension."""
-    angle = torch.arange(components) * 2 * math.pi / components
+    angle = torch.arange(components, dtype=dtype) * 2 * math.pi / components
     centres = 4 * torch.stack([angle.cos(), angle.sin()])  # (2, components)
     half = 0.5 * centres.square().sum(0)[:, None]
 

@@ -13,7 +13,12 @@ from rich.table import Table
 
 
 def by_turns(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each candidate over `rounds` rounds, after one run each to warm up.
+    """Median seconds of each candidate over `rounds` rounds, after one run each to warm up."""
+    return {name: statistics.median(times) for name, times in every_turn(candidates, rounds).items()}
+
+
+def every_turn(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each candidate, one a round, after one run each to warm up.
 
     With one thread the clock is the process's own time, which others on the machine disturb least.
     """
@@ -26,7 +31,7 @@ def by_turns(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dic
             start = clock()
             run()
             seconds[name].append(clock() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return seconds
 
 
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -46,16 +46,11 @@ def compiled_step(pair: Pair, problem: Problem, keep: bool, backend: str = "indu
     problem) first changes; from then on that number may be any.
 
     Raises:
-        ValueError: not an explicit Runge-Kutta pair that ends in its next first stage, or a problem with a network.
+        ValueError: not an explicit Runge-Kutta pair that ends in its next first stage.
         RuntimeError: at the call, if the drift cannot be compiled or the machine has no C++ compiler.
     """
     if not isinstance(pair, RungeKuttaPair) or not pair.tableau.first_same_as_last:
         raise ValueError("compiled=True takes an explicit Runge-Kutta pair: BogackiShampine, RK45, Tsit5 or DOP853")
-    if problem.models():
-        raise ValueError(
-            "compiled=True takes a problem with a drift of its own: where a network is asked, compile the network "
-            "(torch.compile) and leave the step as it is"
-        )
     _ = pair.tableau.sparse  # made before: the compiler does not enter the lock of a cached property
     return _STEPS.get((type(problem), pair, keep, backend), lambda: _compiled(backend))
 

@@ -143,6 +143,10 @@ class Model:
             raise ValueError(f"this needs alpha and sigma of a GaussianSDE; {type(self.sde).__name__} has only a score")
         return self.sde
 
+    def count(self, calls: int) -> None:
+        """Add calls of the network that were made without this model."""
+        self._counter.calls += calls
+
     # ---- evaluation
 
     def __call__(self, x: Tensor, t: Time, as_: str = "score") -> Tensor:

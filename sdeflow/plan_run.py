@@ -22,13 +22,20 @@ Row = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class PlanRun:
-    """A solve by a plan."""
+    """A solve by a plan.
 
-    def __init__(self, plan: Plan, problem: Problem, x: Tensor, noise: Noise | None) -> None:
+    Args:
+        work: dtype of the combinations, at least as wide as the state's; None for the usual one.
+    """
+
+    def __init__(
+        self, plan: Plan, problem: Problem, x: Tensor, noise: Noise | None, work: torch.dtype | None = None
+    ) -> None:
         self.calls = 0
         self._rows = plan._rows
         # 16-bit states are combined in float32: their 8 to 11 bits would swallow the increments
-        self._work = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+        usual = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+        self._work = usual if work is None else work
         self._kept: dict[int, Tensor] = {}
         self._row = _rows(plan, problem, x, self._work, self._kept)
         self._noisy = (plan.noise.reshape(plan.nfe, -1) != 0).any(1).tolist() if noise is not None else None

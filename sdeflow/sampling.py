@@ -39,6 +39,7 @@ def sample(
     device: torch.device | str | None = None,
     progress: bool = False,
     throw: bool = True,
+    compiled: bool = False,
 ) -> Solution:
     """`num` samples (num, *shape) of `model`: `solve` on `sde.reverse(model, eta)` from the prior.
 
@@ -50,7 +51,7 @@ def sample(
         shape: of one sample.
         solver: as in `solve`; "auto" is what `recommend` gives for `steps` model calls (eta 0 or 1), with its grid
             unless one is given, or for a tolerance `GaussianSplit`.
-        steps, grid, rtol, atol, t_span, save, progress, throw: as in `solve`.
+        steps, grid, rtol, atol, t_span, save, progress, throw, compiled: as in `solve`.
         eta: stochasticity of the reversal: 0 the flow, 1 the reverse SDE.
         seed: of the prior and the noise.
         index: the samples' indices: an offset, or one a sample, int64 (num,).
@@ -83,6 +84,7 @@ def sample(
         solution = solve(
             process.reverse(model, eta), x, solver, steps=steps, grid=grid, rtol=rtol, atol=atol,
             t_span=t_span, seed=seed, index=index, save=save, progress=progress, throw=throw,
+            compiled=compiled,
         )  # fmt: skip
         if final == "denoise":
             end = _end_time(process.t_min, solver.grid if isinstance(solver, Plan) else grid, t_span)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdeflow.captured import Captured
 from sdeflow.control import Adaptive, FixedGrid
 from sdeflow.control_sde import AdaptivePath
 from sdeflow.gradients import Gradient, Record, check_gradient, new_record
@@ -23,6 +24,7 @@ from sdeflow.solution import Solution, SolveError, State
 from sdeflow.solvers.backends import Backend, March
 from sdeflow.solvers.base import Solver, reversal_key
 from sdeflow.solvers.gaussian_split import GaussianSplit
+from sdeflow.solvers.runge_kutta import for_tolerance
 from sdeflow.solvers.stochastic import StochasticSolver
 
 Grid = Tensor | Sequence[float] | Callable[..., Tensor]
@@ -32,7 +34,7 @@ Save = bool | Sequence[float] | Tensor | None
 def solve(
     problem: Problem,
     x: Tensor,
-    solver: Solver,
+    solver: Solver | None = None,
     *,
     steps: int | None = None,
     grid: Grid | None = None,
@@ -56,7 +58,8 @@ def solve(
     Args:
         problem: an `ODE`, `SDE` or `ReverseSDE`.
         x: start states (batch, *event), floating point; dtype and device are kept.
-        solver: a solver, such as `sf.solvers.Heun()`, or a `Plan`.
+        solver: a solver, such as `sf.solvers.Heun()`, or a `Plan`; with a tolerance, None is
+            `sf.solvers.for_tolerance`: Tsit5 or DOP853.
         steps: number of steps; alone, on the problem's default grid.
         grid: times (steps + 1,) from start to end, or a grid function with `steps`.
         rtol, atol: per-sample error control (solvers with an error estimate); one given sets both.
@@ -74,8 +77,9 @@ def solve(
             O(sqrt(steps)), on a grid; "adjoint" in memory that does not grow with the steps, by undoing the steps of
             a reversible method or by the adjoint equation of an ODE (`sdeflow.gradients`). The last two are of first
             order only.
-        compiled: to a tolerance, with an explicit Runge-Kutta pair: run each attempted step as one function of
-            `torch.compile`, the drift inside. Some ten seconds the first time, for cheap drifts of torch operations.
+        compiled: run by `torch.compile`, the drift or network inside: blocks of up to ten steps of a deterministic
+            plan on a grid; each attempted step of an explicit Runge-Kutta pair to a tolerance. Takes 10 to 60 seconds
+            the first time and pays for models so cheap that launching operations is what costs.
 
     Raises:
         ValueError, TypeError: input that cannot be solved; before the first model call.
@@ -84,6 +88,10 @@ def solve(
     """
     before = _network_calls(problem)  # before the march is made: one to a tolerance makes its first call then
     to_tolerance = rtol is not None or atol is not None
+    if solver is None:
+        if not to_tolerance:
+            raise TypeError("expected a solver such as sf.solvers.Heun(), got None: only a tolerance chooses one")
+        solver = for_tolerance(_either(rtol, atol) or _either(atol, rtol) or 1.0)
     lean = gradient != "direct" and torch.is_grad_enabled()
     if gradient != "direct":
         _check_types(problem, x, solver)
@@ -183,11 +191,12 @@ def _march(
 ) -> March:
     _check_types(problem, x, solver)
     _check_noise(noise, seed)
-    if compiled and (solver.pair is None or (rtol is None and atol is None)):
-        raise ValueError("compiled=True takes a tolerance (rtol, atol) and a solver with an embedded pair, as Tsit5")
+    to_tolerance = rtol is not None or atol is not None
+    if compiled and to_tolerance and solver.pair is None:
+        raise ValueError("compiled=True to a tolerance takes a solver with an embedded pair, such as Tsit5")
     problem.check_batch(x.shape[0])
     solver.check(problem)
-    if rtol is not None or atol is not None:
+    if to_tolerance:
         if steps is not None or grid is not None:
             raise ValueError("expected steps or grid, or rtol and atol, not both")
         control = PID(_either(rtol, atol), _either(atol, rtol), max_steps)
@@ -218,6 +227,8 @@ def _march(
             )
         return Adaptive(pair, problem, x, span, control, _save_times(save, span, x.device), compiled)
     ts = _grid(problem, solver, steps, grid, t_span)
+    if compiled:
+        return FixedGrid(Captured(solver), problem, x, ts, None, _save_points(save, ts))
     bound = _bind(noise, seed, x, index) if solver.draws_noise(problem) else None
     return FixedGrid(solver, problem, x, ts, bound, _save_points(save, ts))
 

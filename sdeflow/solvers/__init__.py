@@ -6,6 +6,7 @@ from sdeflow.solvers.ancestral import DDPM, AncestralPredictor, EulerAncestral, 
 from sdeflow.solvers.backends import Scipy, Torchdiffeq, Torchsde
 from sdeflow.solvers.base import LinearSolver, Solver
 from sdeflow.solvers.catalogue import CATALOGUE, Row, by_name
+from sdeflow.solvers.compensated import Compensated
 from sdeflow.solvers.consistency import ConsistencySampler
 from sdeflow.solvers.edm import EDMEuler, EDMHeun, EDMSampler
 from sdeflow.solvers.euler_maruyama import EulerMaruyama
@@ -42,6 +43,7 @@ from sdeflow.solvers.runge_kutta import (
     Ralston,
     RungeKutta,
     Tsit5,
+    for_tolerance,
 )
 from sdeflow.solvers.seeds import SEEDS
 from sdeflow.solvers.splitting import Splitting
@@ -77,6 +79,7 @@ __all__ = [
     "ReverseDiffusion",
     "SASolver",
     "Window",
+    "Compensated",
     "ConsistencySampler",
     "DDIM",
     "DDPM",
@@ -132,4 +135,5 @@ __all__ = [
     "UniPC",
     "by_name",
     "estimate_split",
+    "for_tolerance",
 ]
