@@ -175,13 +175,15 @@ def measure(name: str, steps: int) -> dict[str, float]:
     return {"seconds": seconds, "MB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
 
 
-def _in_fresh_process(name: str, steps: int) -> dict[str, float]:
+def in_fresh_process(name: str, steps: int) -> dict[str, float]:
+    """`measure` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.gradients", "--one", name, "--steps", str(steps)]
     found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found
 
 
-def _installed(name: str) -> bool:
+def installed(name: str) -> bool:
+    """Whether the library of a candidate is there."""
     from importlib.util import find_spec
 
     return all(find_spec(module) is not None for word, module in _NEEDS.items() if word in name)
@@ -198,10 +200,10 @@ def main() -> None:
         print(json.dumps(measure(arguments.one, arguments.steps)))
         return
     torch.set_num_threads(1)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in CANDIDATES if _installed(name)}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in CANDIDATES if installed(name)}
     for _ in range(arguments.rounds):
         for name, results in found.items():
-            results.append(_in_fresh_process(name, arguments.steps))
+            results.append(in_fresh_process(name, arguments.steps))
     medians = {
         name: [statistics.median(r[what] for r in results) for what in ("seconds", "MB")]
         for name, results in found.items()

@@ -24,6 +24,7 @@ except ImportError as error:
     raise SystemExit(f'the command line needs its extra: pip install "sdeflow[cli]" ({error})') from error
 
 from sdeflow.bench.cli import bench_command, report_command
+from sdeflow.sample_cli import sample_command
 from sdeflow.testing.cli import check_command
 from sdeflow.tuning.cli import tune_command
 
@@ -133,3 +134,6 @@ app.command("check", epilog="Example: sdeflow check my_process.py:DoubleWell --e
     check_command
 )
 app.command("tune", epilog="Example: sdeflow tune digits --steps 10 --out results/digits-10.json")(tune_command)
+app.command("sample", epilog="Example: sdeflow sample digits --num 100 --steps 10 --out results/samples")(
+    sample_command
+)
