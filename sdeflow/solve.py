@@ -94,6 +94,10 @@ def solve(
         solver = for_tolerance(_either(rtol, atol) or _either(atol, rtol) or 1.0)
     lean = gradient != "direct" and torch.is_grad_enabled()
     if gradient != "direct":
+        if compiled and not to_tolerance:
+            raise ValueError(
+                f'compiled=True on a grid records no gradients: expected gradient="direct", got {gradient!r}'
+            )
         _check_types(problem, x, solver)
         check_gradient(gradient, problem, solver, to_tolerance)
     with torch.set_grad_enabled(torch.is_grad_enabled() and gradient != "adjoint"):

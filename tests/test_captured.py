@@ -93,6 +93,12 @@ def test_a_state_that_somebody_changed_is_gone_on_from():
             ),
             "no gradients",
         ),
+        (
+            lambda: sf.solve(
+                PROCESS.reverse(MODEL, 0.0), START, DDIM(), steps=4, compiled=True, gradient="checkpointed"
+            ),
+            "records no gradients",
+        ),
         (lambda: sf.solve(PROCESS.reverse(MODEL, 0.0), START, sf.solvers.ROS2(), steps=4, compiled=True), "a plan"),
         (
             lambda: sf.sample(

@@ -130,7 +130,7 @@ def for_tolerance(rtol: float) -> RungeKutta:
 
     Measured at equal error (`python -m benchmarks.adaptive`): on Lotka-Volterra and Van der Pol DOP853 is the cheaper
     one from 1e-5 and at every tolerance, on the probability flow of a mixture from about 1e-8. At loose tolerances
-    Tsit5 is at most a tenth behind, and where each call is a network's its shorter steps waste fewer of them.
+    Tsit5 is little behind, and where each call is a network's its shorter steps waste fewer of them.
 
     Args:
         rtol: the relative tolerance, > 0.
