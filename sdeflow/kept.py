@@ -7,11 +7,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from fractions import Fraction
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
 Value = TypeVar("Value")
+
+
+_ALL: list[Kept[Any]] = []
 
 
 class Kept(Generic[Value]):
@@ -20,6 +23,7 @@ class Kept(Generic[Value]):
     def __init__(self, size: int) -> None:
         self._size, self._lock = size, Lock()
         self._values: OrderedDict[Hashable, Value] = OrderedDict()
+        _ALL.append(self)
 
     def get(self, key: Hashable | None, make: Callable[[], Value]) -> Value:
         """The value of `key`; without a key, or the first time, what `make` returns."""
@@ -35,6 +39,17 @@ class Kept(Generic[Value]):
             if len(self._values) > self._size:
                 self._values.popitem(last=False)
         return value
+
+    def clear(self) -> None:
+        """Forget all values."""
+        with self._lock:
+            self._values.clear()
+
+
+def forget() -> None:
+    """Empty all: for those who change the code of a solver or process while it runs, as tests of tests do."""
+    for kept in _ALL:
+        kept.clear()
 
 
 def constant(value: object) -> bool:

@@ -110,8 +110,8 @@ def test_which_grids_fit():
 
     by_time = {"uniform", "quadratic", "power", "beta"}
     assert fitting(Plain()) == by_time
-    assert fitting(sf.RectifiedFlow()) == by_time | {"cosine", "flow_shift"}
-    assert fitting(sf.VP()) == by_time | {"cosine", "flow_shift", *LEVEL_GRIDS}
+    assert fitting(sf.RectifiedFlow()) == by_time | {"cosine", "flow_shift", "logistic"}
+    assert fitting(sf.VP()) == by_time | {"cosine", "flow_shift", "logistic", *LEVEL_GRIDS}
     assert fitting(table()) == set(grids.GRIDS)
     flow = table().probability_flow(sf.problems.EightGaussians().model(table()))
     assert fitting(flow) == set(grids.GRIDS)
