@@ -26,8 +26,11 @@ PEERS := diffusers azula torchdiffeq torchsde torchode 'jax[cpu]' diffrax
 ifneq ($(shell test -x $(BIN)/python && cat $(STAMP) 2>/dev/null),$(CURDIR))
 $(STAMP): remake
 endif
+ifneq ($(shell cat $(PEERS_STAMP) 2>/dev/null),$(CURDIR))
+$(PEERS_STAMP): moved
+endif
 
-.PHONY: help venv bench peers test test-slow lint format clean remake
+.PHONY: help venv bench peers test test-slow lint format clean remake moved
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r target text; do \
@@ -63,6 +66,8 @@ clean: ## remove what these targets made: environments, results/quick, results/p
 
 remake:
 	@rm -rf $(VENV)
+
+moved:
 
 # The pinned torch goes first and alone: a looser request, ours or a dependency's, may bring another
 # build with gigabytes of accelerator libraries. The pinned build backend then builds the project.

@@ -55,9 +55,9 @@ def forget() -> None:
 def constant(value: object) -> bool:
     """Whether `value` cannot change, and its equality says all: a number, a string, a frozen dataclass of such.
 
-    A function is not: what it reads may change.
+    A function is not: what it reads may change. A class that is none of these says so by `immutable = True`.
     """
-    if value is None or isinstance(value, (int, float, str, Fraction)):
+    if value is None or isinstance(value, (int, float, str, Fraction)) or getattr(type(value), "immutable", False):
         return True
     if isinstance(value, tuple):
         return all(map(constant, value))

@@ -203,6 +203,10 @@ class DiscreteVP(_VariancePreserving):
         self._to_zero = zero_terminal_snr
         log_alphas = 0.5 * torch.log1p(-self.betas).cumsum(0)
         self._log_alphas = torch.cat([torch.zeros(1, dtype=torch.float64), log_alphas])
+        self._hash = hash(self.betas.numpy().tobytes())
+
+    immutable = True
+    """For `sdeflow.kept`: the table is a copy that nothing changes."""
 
     def __repr__(self) -> str:
         b = self.betas
@@ -210,10 +214,10 @@ class DiscreteVP(_VariancePreserving):
         return f"DiscreteVP({b.numel()} betas, {float(b[0]):g} to {float(b[-1]):g}, crc {table:08x})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, DiscreteVP) and torch.equal(self.betas, other.betas)
+        return other is self or (isinstance(other, DiscreteVP) and torch.equal(self.betas, other.betas))
 
     def __hash__(self) -> int:
-        return hash(tuple(self.betas.tolist()))
+        return self._hash
 
     @property
     def t_min(self) -> float:

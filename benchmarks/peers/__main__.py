@@ -131,7 +131,7 @@ def agreement(key: str, run: Run, ours: Mapping[str, Run]) -> Cell:
 def overhead(rounds: int) -> Iterator[Table]:
     """(a): what a library adds to a model call."""
     about = (
-        "Overhead is (time - loop)/loop, the loop being the tight one of `benchmarks/overhead.py` with as many model calls. "
+        "Overhead is (time - loop)/loop, the loop being the tight one of `benchmarks/overhead.py` with as many calls. "
         "Mixture of 8 Gaussians in the plane, batch 256, {} steps, float32. "
     )
     yield over_the_limit(
@@ -161,10 +161,10 @@ def precision(budgets: tuple[int, ...] = (5, 10, 20, 50)) -> Iterator[Table]:
             rows.append([budget, library, name, nfe, count, median, high, median / best["sdeflow"][0]])
     yield Table(
         "Error against calls",
-        "Median and 90% quantile over 256 samples of the distance to the exact end, on the same exact score, from the same "
-        "noise, float64. Ours is what `sf.recommend` names without looking; a peer's is the best, chosen after the fact, "
-        "of the methods and grids tried ('tried'). torchdiffeq and diffrax solve dz/d rho = eps with z = x/alpha and "
-        "rho = sigma/alpha.",
+        "Median and 90% quantile over 256 samples of the distance to the exact end, on the same exact score, from the "
+        "same noise, float64. Ours is what `sf.recommend` names without looking; a peer's is the best, chosen after "
+        "the fact, of the methods and grids tried ('tried'). torchdiffeq and diffrax solve dz/d rho = eps with "
+        "z = x/alpha and rho = sigma/alpha.",
         ["budget", "library", "method", "calls", "tried", "median", "90%", "x ours"],
         rows,
     )
@@ -214,8 +214,8 @@ def stochastic(rounds: int, steps: int = 64) -> Iterator[Table]:
             rows.append([name, library, us, *quartiles(ratios(seconds[key], base)), times, error, runs[name].note])
     yield Table(
         "Stochastic differential equations: a step",
-        f"Geometric Brownian motion, 1000 x 10, {steps} steps, float32; 'x loop' is against Euler-Maruyama by hand with "
-        "`torch.randn`. The strong error is in float64, each library on its own paths.",
+        f"Geometric Brownian motion, 1000 x 10, {steps} steps, float32; 'x loop' is against Euler-Maruyama by hand "
+        "with `torch.randn`. The strong error is in float64, each library on its own paths.",
         ["method", "library", "us a step", "x loop", "25%", "75%", "x ours", "strong error", "note"],
         rows,
     )
@@ -234,7 +234,8 @@ def gradient(rounds: int) -> Iterator[Table]:
         loop = name[:3] + ", loop"
         middle = statistics.median(seconds[name])
         times = quartiles(ratios(seconds[name], seconds[loop]))
-        rows.append([name, middle, *times, memory[name], memory[name] / memory[loop]])
+        share = memory[name] / memory[loop] if memory[loop] else math.nan
+        rows.append([name, middle, *times, memory[name], share])
     yield Table(
         "Gradients: a forward and a backward pass",
         f"{gradients.STEPS} steps through a neural drift, RK4 (ODE) or reversible Heun (SDE), float32; every pass in a "
@@ -286,8 +287,8 @@ def tolerance(rounds: int) -> Iterator[Table]:
                     rows.append([name, label, f"{tol:.0e}", made[key].mean, *found[key], *times])
     yield Table(
         "To a tolerance",
-        "256 samples, float64, `benchmarks/adaptive.py`. How many times faster our Tsit5 and DOP853 are at equal error, "
-        "the smaller of the ratios at the median and at the largest error of a sample.",
+        "256 samples, float64, `benchmarks/adaptive.py`. How many times faster our Tsit5 and DOP853 are at equal "
+        "error, the smaller of the ratios at the median and at the largest error of a sample.",
         ["problem", "peer", "rtol", "calls", "median error", "largest", "Tsit5", "25%", "75%", "DOP853", "25%", "75%"],
         rows,
     )
@@ -366,7 +367,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path, help="a page with markers, between which the tables go")
     parser.add_argument("--from-json", type=Path, help="measure nothing: write the page from this file")
-    parser.add_argument("--rounds", type=int, default=31, help="of the fast tables; the slow ones take a tenth, at least 3")
+    parser.add_argument(
+        "--rounds", type=int, default=31, help="of the fast tables; the slow ones take a tenth, at least 3"
+    )
     parser.add_argument("--tables", default="overhead,precision,stochastic,gradient,tolerance")
     arguments = parser.parse_args()
     if arguments.from_json:

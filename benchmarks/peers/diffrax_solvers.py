@@ -102,32 +102,44 @@ def precise(p: Sampling) -> dict[str, Sample]:
 
 
 def sdes(x: Tensor, steps: int) -> dict[str, Run]:
-    """Geometric Brownian motion on a path that is drawn step by step, a scalar equation a component."""
+    """Geometric Brownian motion on a path that is drawn step by step; Milstein as a scalar equation a component."""
     jax = _jax()
     import diffrax as dx
     import jax.numpy as jnp
+    import lineax as lx
 
-    start = jnp.asarray(x.numpy().ravel())
-    found = {}
+    start, found = jnp.asarray(x.numpy()), {}
     kinds = {
-        "Euler-Maruyama": (dx.Euler(), dx.BrownianIncrement, MU, NOTE),
-        "Milstein": (dx.ItoMilstein(), dx.BrownianIncrement, MU, NOTE),
-        "SRK, order 1.5": (dx.SPaRK(), dx.SpaceTimeLevyArea, MU - 0.5 * NU**2, f"{NOTE}; SPaRK, Stratonovich"),
+        "Euler-Maruyama": (dx.Euler(), dx.BrownianIncrement, MU, False, NOTE),
+        "Milstein": (dx.ItoMilstein(), dx.BrownianIncrement, MU, True, NOTE),
+        "SRK, order 1.5": (dx.SPaRK(), dx.SpaceTimeLevyArea, MU - 0.5 * NU**2, False, f"{NOTE}; SPaRK, Stratonovich"),
     }
-    for name, (solver, area, rate, note) in kinds.items():
+    for name, (solver, area, rate, scalar, note) in kinds.items():
 
-        def one(y: Any, key: Any, solver: Any = solver, area: Any = area, rate: float = rate) -> Any:
-            path = dx.UnsafeBrownianPath(shape=jax.ShapeDtypeStruct((), jnp.float32), key=key, levy_area=area)
-            drift = dx.ODETerm(lambda t, y, args: rate * y)
-            terms = dx.MultiTerm(drift, dx.ControlTerm(lambda t, y, args: NU * y, path))
+        def one(
+            y: Any, key: Any, solver: Any = solver, area: Any = area, rate: float = rate, scalar: bool = scalar
+        ) -> Any:
+            path = dx.UnsafeBrownianPath(shape=jax.ShapeDtypeStruct(y.shape, jnp.float32), key=key, levy_area=area)
+
+            def diffusion(t: Any, y: Any, args: Any) -> Any:
+                return NU * y if scalar else lx.DiagonalLinearOperator(NU * y)
+
+            terms = dx.MultiTerm(dx.ODETerm(lambda t, y, args: rate * y), dx.ControlTerm(diffusion, path))
             end = dx.diffeqsolve(
                 terms, solver, 0.0, 1.0, np.float32(1 / steps), y, adjoint=dx.DirectAdjoint(), max_steps=steps + 1
             )
             return end.ys[-1]
 
-        def every(y: Any, key: Any, one: Any = one) -> Any:
-            return jax.vmap(one)(y, jax.random.split(key, len(y)))
+        def every(y: Any, key: Any, one: Any = one, scalar: bool = scalar) -> Any:
+            if not scalar:
+                return one(y, key)
+            return jax.vmap(one)(y.ravel(), jax.random.split(key, y.size))
 
         compiled, key = jax.jit(every), jax.random.key(0)
-        found[name] = Run(lambda f=compiled, k=key: f(start, k).block_until_ready(), steps, note)  # type: ignore[misc]
+
+        def run(compiled: Any = compiled, key: Any = key) -> Any:
+            with jax.enable_x64(False):
+                return compiled(start, key).block_until_ready()
+
+        found[name] = Run(run, steps, note)
     return found
