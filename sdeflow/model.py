@@ -215,16 +215,18 @@ class Model:
     def asker(self, times: Tensor) -> Evaluator:
         """`ask(k, x)`: the network's own value at times[k], which it is told as it wants to be."""
         table = self.time_table(times)
-        told: Each | None = None
+        told: Each | tuple[Tensor, ...] | None = None
+        raw = self.raw
 
         def ask(k: int, x: Tensor) -> Tensor:
             nonlocal told
             if told is None:  # to where the states are, once
                 if self.expand:
-                    told = Each(table.to(x.device, x.dtype)[:, None].expand(-1, x.shape[0]))
+                    rows = table.to(x.device, x.dtype)[:, None].expand(-1, x.shape[0])
                 else:
-                    told = Each(table.to(x.device if table.ndim > 1 else "cpu"))
-            return self.raw(x, told[k])
+                    rows = table.to(x.device if table.ndim > 1 else "cpu")
+                told = rows.unbind() if len(rows) <= _AT_ONCE else Each(rows)
+            return raw(x, told[k])
 
         return ask
 
@@ -275,6 +277,8 @@ class Model:
 
 
 _TOLD: Kept[Tensor] = Kept(64)
+_AT_ONCE = 1024
+"""Times up to which a tensor for each is made at once."""
 
 
 class RowEvaluator:
