@@ -71,9 +71,15 @@ def frame(results: Sequence[Result]) -> Frame:
     )
 
 
-def colours(results: Sequence[Result]) -> dict[str, str]:
-    """The colour of each solver."""
-    return {s: COLOURS[i % len(COLOURS)] for i, s in enumerate(frame(results).solvers)}
+def marks(solvers: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The colour and the shape of each solver."""
+    return {s: (COLOURS[i % len(COLOURS)], SHAPES[i % len(SHAPES)]) for i, s in enumerate(dict.fromkeys(solvers))}
+
+
+def default_grid(results: Sequence[Result]) -> str | None:
+    """The default grid of their process, if they ran on it."""
+    name = results[0].about.get("default_grid")
+    return name if any(r.grid == name for r in results) else None
 
 
 def records(results: Iterable[Result]) -> list[dict[str, Any]]:
@@ -100,24 +106,27 @@ def records(results: Iterable[Result]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def interactive(results: Sequence[Result]) -> dict[str, Any]:
+def interactive(results: Sequence[Result], solvers: Sequence[str] | None = None) -> dict[str, Any]:
     """The specification of a problem's chart in the report; its data come from a source named "runs".
 
-    Signals: `grid` ("best", "all" or a name), `measure`, `hidden` (solvers), `focus` (a solver, or "").
+    Signals: `grid` ("best", "all" or a name), `measure`, `hidden` (solvers), `without` (grids), `focus`
+    (a solver, or ""). Charts with the same `solvers` give each the same mark.
     """
     alt = need("altair")
     shown = (
         "(grid == 'all' || datum.grid == grid || datum.grid == 'adaptive' || (grid == 'best' && datum.best))"
-        " && indexof(hidden, datum.solver) < 0"
+        " && indexof(hidden, datum.solver) < 0 && indexof(without, datum.grid) < 0"
     )
     line = "datum.solver + (grid == 'best' ? '' : '/' + datum.grid)"
     parameters = [
-        alt.param(name="grid", value=results[0].about.get("default_grid") or "best"),
+        alt.param(name="grid", value=default_grid(results) or "best"),
         alt.param(name="measure", value=_first_measure(results)),
         alt.param(name="hidden", value=[]),
+        alt.param(name="without", value=[]),
         alt.param(name="focus", value=""),
     ]
-    chart = alt.layer(*_layers(alt, results, shown, line, "datum[measure]", linked=True))
+    layers = _layers(alt, results, shown, line, "datum[measure]", linked=True, solvers=solvers)
+    chart = alt.layer(*layers)
     chart = chart.add_params(*parameters).properties(width="container", height=400)
     return _specification(chart.configure_view(stroke=None))
 
@@ -146,8 +155,18 @@ def _first_measure(results: Sequence[Result]) -> str:
     return "median" if results[0].kind == "trajectory" else "sliced_w2"
 
 
-def _layers(alt: Any, results: Sequence[Result], shown: str, line: str, value: str, *, linked: bool) -> list[Any]:
+def _layers(
+    alt: Any,
+    results: Sequence[Result],
+    shown: str,
+    line: str,
+    value: str,
+    *,
+    linked: bool,
+    solvers: Sequence[str] | None = None,
+) -> list[Any]:
     area, kind = frame(results), results[0].kind
+    mark = marks(solvers or area.solvers)
     low, high = area.errors
     decades = [10.0**k for k in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
     x = alt.X(
@@ -165,11 +184,10 @@ def _layers(alt: Any, results: Sequence[Result], shown: str, line: str, value: s
         )  # fmt: skip
 
     legend = None if linked else alt.Legend(title=None, symbolLimit=0, labelLimit=0)
-    shapes = [SHAPES[i % len(SHAPES)] for i in range(len(area.solvers))]
-    colour = alt.Color(
-        "solver:N", scale=alt.Scale(domain=area.solvers, range=list(colours(results).values())), legend=legend
+    colour, shape = (
+        channel("solver:N", scale=alt.Scale(domain=list(mark), range=[m[i] for m in mark.values()]), legend=legend)
+        for i, channel in enumerate((alt.Color, alt.Shape))
     )
-    shape = alt.Shape("solver:N", scale=alt.Scale(domain=area.solvers, range=shapes), legend=legend)
     faded = (
         alt.condition("focus == '' || focus == datum.solver", alt.value(1), alt.value(0.1)) if linked else alt.value(1)
     )
@@ -182,6 +200,8 @@ def _layers(alt: Any, results: Sequence[Result], shown: str, line: str, value: s
     runs = (
         alt.Chart(alt.NamedData(name="runs"))
         .transform_filter(shown)
+        # the report leaves out an x that is the calls, to be small
+        .transform_calculate(x="isValid(datum.x) ? datum.x : datum.calls")
         .transform_calculate(value=value, line=line, dash="grid == 'all' ? datum.grid : ''" if linked else "''")
         .transform_calculate(drawn=f"isValid(datum.value) ? max({low!r}, min(datum.value, {high!r})) : null")
         .transform_calculate(**{"from": f"max({low!r}, datum.low)", "to": f"min({high!r}, datum.high)"})
@@ -250,7 +270,7 @@ def _floor(alt: Any, results: Sequence[Result], area: Frame, name: str, value: s
 
 
 def _tooltips(alt: Any, kind: str) -> list[Any]:
-    exact = ".3e"
+    exact = ".5e"
     common = [
         alt.Tooltip("solver:N"),
         alt.Tooltip("grid:N"),
@@ -269,8 +289,8 @@ def _tooltips(alt: Any, kind: str) -> list[Any]:
         ]
     )
     times = [
-        alt.Tooltip("wall_ms:Q", title="wall, ms", format=".3~s"),
-        alt.Tooltip("model_ms:Q", title="in the network, ms", format=".3~s"),
+        alt.Tooltip("wall_ms:Q", title="wall, ms", format=".3~g"),
+        alt.Tooltip("model_ms:Q", title="in the network, ms", format=".3~g"),
         alt.Tooltip("message:N"),
     ]
     return [*common, *errors, *times]
