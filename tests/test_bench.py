@@ -280,7 +280,8 @@ def test_the_suite_covers_what_it_promises():
     suite = sf.bench.SUITES["quick"]
     assert suite.nfe == (5, 8, 10, 15, 20, 30, 50)
     assert set(suite.methods) <= set(sf.bench.METHODS)
-    assert set(suite.grids) == {"uniform", "quadratic", "power", "logsnr", "karras"} <= set(sf.bench.GRIDS)
+    grids = {"uniform", "quadratic", "power", "logsnr", "karras", "logistic"}
+    assert set(suite.grids) == grids <= set(sf.bench.GRIDS)
     problems = [make() for make in suite.problems]
     assert [type(p.model.sde).__name__ for p in problems] == ["VP", "EDM", "VP"]
     assert [p.shape for p in problems] == [(2,), (1, 8, 8), (1, 8, 8)]

@@ -139,6 +139,18 @@ def test_a_solver_of_several_calls_a_step_and_a_flow_that_starts_without_data_ar
     assert plan.note["held_out"] <= plan.note["held_out_start"]
 
 
+def test_labels_are_repeated_over_the_noises():
+    torch.manual_seed(0)
+    net = sf.nets.MLP((2,), width=16, depth=1, classes=3).requires_grad_(False)
+    model = sf.Model(net, VP, "v", "lam").bind(label=torch.arange(3))
+    plan = sf.tune(model, DPMSolverPP(2), 4, calibration=8, iterations=4)
+    assert plan.note["held_out"] <= 1.2 * plan.note["held_out_start"]
+    asked = sf.sample(model.bind(label=torch.tensor([2, 1])), 2, shape=(2,), solver=plan)
+    assert asked.stats.nfe == 4
+    one_label = sf.tune(model.bind(label=torch.tensor([1])), DPMSolverPP(2), 4, calibration=8, iterations=4)
+    assert one_label.note["held_out"] != plan.note["held_out"]  # the labels are heard
+
+
 def test_a_network_that_gives_no_gradient_is_tuned_without_it():
     process = sf.VP()
     exact = MIXTURE.model(process)

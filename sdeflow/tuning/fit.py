@@ -26,6 +26,7 @@ from sdeflow.tuning.teacher import Teacher, teacher
 _FLOOR = 1e-4
 """Errors below this share of the data's spread are as good as none: the loss is the mean of log(error + floor)."""
 _FINE = 512
+_PILOTS = 16
 _APART = 1 << 40
 """The indices of the noises begin here, so that no sample of the same seed was fitted to."""
 
@@ -63,6 +64,8 @@ def tune(
 
     `plan.note` has the figures: "train", "held_out" (median errors, the second on 2 calibration noises that nothing was
     fitted to or chosen by), "held_out_start" (the best start's), "reference_error", and what they belong to.
+
+    Per-sample conditions of the model, such as labels, are repeated over the noises.
 
     Args:
         model: of a GaussianSDE; gradients must flow through its network for the first and last stage.
@@ -135,23 +138,37 @@ def _checked(
 ) -> tuple[ReverseSDE, tuple[int, ...], Tensor]:
     if not isinstance(model, Model):
         raise TypeError(f"expected a Model, got {type(model).__name__}; wrap the network: sf.Model(net, sde, ...)")
-    problem = model.gaussian.reverse(model, 0.0)
+    for name, value, least in (("steps", steps, 1), ("calibration", calibration, 2), ("iterations", iterations, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"expected {name} >= {least}, got {value!r}")
+    problem = model.gaussian.reverse(_repeated(model, 4 * calibration), 0.0)
     if not isinstance(solver, Solver) or isinstance(solver, Plan) or not hasattr(solver, "plan"):
         raise TypeError(f"expected a solver that has a plan, such as sf.solvers.GaussianSplit(), got {solver!r}")
     solver.check(problem)
     if solver.draws_noise(problem):
         raise ValueError(f"{solver.name} draws noise: a grid is fitted to the flow, by a deterministic solver")
-    for name, value, least in (("steps", steps, 1), ("calibration", calibration, 2), ("iterations", iterations, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"expected {name} >= {least}, got {value!r}")
-    if any(isinstance(value, Tensor) for value in model.conditions.values()):
-        raise ValueError("per-sample conditions belong to a batch: bind one that holds for all, or leave it out")
     net: Any = model.net
     shape = getattr(net, "shape", None) if shape is None else shape
     if shape is None:
         raise ValueError("expected the shape of one sample: tune(..., shape=(3, 32, 32))")
     like = next(net.parameters(), None) if isinstance(net, nn.Module) else None
     return problem, tuple(shape), torch.empty(0) if like is None else like
+
+
+def _repeated(model: Model, count: int) -> Model:
+    """The model with its per-sample conditions repeated for `count` noises: ten labels are asked for in turn."""
+    sizes = {value.shape[0] for value in model.conditions.values() if isinstance(value, Tensor)}
+    if not sizes:
+        return model
+    if len(sizes) > 1:
+        raise ValueError(f"expected conditions of one number of rows, got {', '.join(map(str, sorted(sizes)))}")
+    return model.take(torch.arange(count) % sizes.pop())
+
+
+def _of(problem: ReverseSDE, part: slice) -> ReverseSDE:
+    """The problem of the noises of a part."""
+    sizes = [v.shape[0] for v in problem.model.conditions.values() if isinstance(v, Tensor)]
+    return problem.take(torch.arange(sizes[0])[part]) if sizes else problem
 
 
 def _starts(
@@ -163,10 +180,11 @@ def _starts(
         rows = {name: row for name, row in grids.GRIDS.items() if row.needs != "table" and row.fits(problem)}
         starts = {name: row.make for name, row in rows.items() if name != "exponential"}  # logsnr by another name
         if math.isfinite(float(problem.gaussian.lam(max(span)))) and max(span) == problem.t1:
-            starts |= {
-                f"equal_local_error({p})": equal_local_error(problem.model, shape=goal.x.shape[1:], order=p)
-                for p in (2, 3)
-            }
+            few = slice(0, min(_PILOTS, len(goal.x)))
+            pilot, event = _of(problem, few).model, tuple(goal.x.shape[1:])
+            for p in (2, 3):
+                name = f"equal_local_error({p})"
+                starts[name] = equal_local_error(pilot, shape=event, order=p, pilots=few.stop)
     found = []
     for name, make in starts.items():
         try:
@@ -214,7 +232,7 @@ def _with_coefficients(
     for candidate in found:
         states = goal.state(candidate.table.plan.grid)
         states[-1] = goal.end[part]
-        table = fit_steps(problem, candidate.table, goal.x[part], states)
+        table = fit_steps(_of(problem, part), candidate.table, goal.x[part], states)
         loss = _loss(_end(problem, table, goal, part), goal, part)
         made.append(_Candidate(f"{candidate.what}, coefficients fitted", table, loss))
     origin = min([*found, *made], key=lambda c: c.loss)
@@ -253,7 +271,7 @@ class _Descent:
 
 def _end(problem: ReverseSDE, table: Tables, goal: Teacher, part: slice) -> Tensor:
     with torch.no_grad():
-        return run(problem, table, goal.x[part])
+        return run(_of(problem, part), table, goal.x[part])
 
 
 def _loss(y: Tensor, goal: Teacher, part: slice) -> float:
@@ -263,7 +281,7 @@ def _loss(y: Tensor, goal: Teacher, part: slice) -> float:
 
 def _differentiable_loss(problem: ReverseSDE, table: Tables, goal: Teacher, part: slice) -> Tensor:
     with torch.inference_mode(False), torch.enable_grad():
-        return _log_error(run(problem, table, goal.x[part].clone()), goal, part)
+        return _log_error(run(_of(problem, part), table, goal.x[part].clone()), goal, part)
 
 
 def _log_error(y: Tensor, goal: Teacher, part: slice) -> Tensor:
