@@ -22,7 +22,8 @@ from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model, conversion, row_of
 from sdeflow.reverse import ReverseSDE
 from sdeflow.solution import Solution
-from sdeflow.solve import Grid, solve
+from sdeflow.solve import solve
+from sdeflow.solve_input import Grid
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.runge_kutta import DOP853, RK4
 

@@ -28,7 +28,8 @@ from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model
 from sdeflow.noise import Noise, checked_index, checked_seed
 from sdeflow.reverse import ReverseSDE
-from sdeflow.solve import Grid, solve
+from sdeflow.solve import solve
+from sdeflow.solve_input import Grid
 from sdeflow.solvers.base import Solver
 
 LogDensity = Callable[[Tensor], Tensor]

@@ -14,7 +14,8 @@ from sdeflow.plan import Plan
 from sdeflow.recommendation import recommend
 from sdeflow.reverse import Eta
 from sdeflow.solution import Solution
-from sdeflow.solve import Grid, Save, solve
+from sdeflow.solve import solve
+from sdeflow.solve_input import Grid, Save
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.gaussian_split import GaussianSplit
 

@@ -43,7 +43,7 @@ from sdeflow.solvers.runge_kutta import Midpoint, RungeKutta
 from sdeflow.variables import variable
 
 if TYPE_CHECKING:
-    from sdeflow.solve import Grid
+    from sdeflow.solve_input import Grid
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def reversible_encode(
         ValueError, TypeError: as `encode`.
     """
     from sdeflow.coding import checked_states, flow_of, span_of
-    from sdeflow.solve import _grid
+    from sdeflow.solve_input import grid_of
 
     flow = flow_of(model)
     solver = Reversible() if solver is None else solver
@@ -146,7 +146,7 @@ def reversible_encode(
     of_times = grid is not None and not callable(grid)
     if of_times and (t0 is not None or t1 is not None):
         raise ValueError("expected a grid of times, or t0 and t1, not both")
-    ts = _grid(flow, solver, steps, grid, None if of_times else span_of(flow, t0, t1))
+    ts = grid_of(flow, solver, steps, grid, None if of_times else span_of(flow, t0, t1))
     if float(ts[1]) < float(ts[0]):
         raise ValueError("expected a grid that runs up to the latents; to start from noise use `solve`")
     with torch.no_grad():
