@@ -113,7 +113,7 @@ def test_nothing_but_failures_is_not_success(user_file, tmp_path):
         "bench", "--problem", f"{user_file}:problem", "--solvers", "Heun", "--nfe", "6", "--out", tmp_path / "o"
     )
     assert done.exit_code == 1
-    assert "5 runs, 5 failed" in done.output
+    assert "6 runs, 6 failed" in done.output
     assert (tmp_path / "o" / "report.html").exists()
 
 

@@ -126,10 +126,11 @@ def test_a_tuned_plan_is_a_file_that_refuses_another_process(tmp_path):
 def test_the_same_arguments_give_the_same_plan():
     how = {"shape": (2,), "calibration": 8, "iterations": 4, "dtype": F64}
     first, second = (sf.tune(MODEL, DPMSolverPP(2), 4, **how) for _ in range(2))
-    assert torch.equal(first.grid, second.grid)
-    assert torch.equal(first.weights, second.weights)
+    # to rounding: the library that fits the splines sums in an order that depends on where its memory begins
+    torch.testing.assert_close(first.grid, second.grid, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(first.weights, second.weights, rtol=1e-5, atol=1e-7)
     other = sf.tune(MODEL, DPMSolverPP(2), 4, seed=1, **how)
-    assert not torch.equal(first.grid, other.grid)
+    assert not torch.allclose(first.weights, other.weights, rtol=1e-3)
 
 
 def test_a_solver_of_several_calls_a_step_and_a_flow_that_starts_without_data_are_tuned():
