@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -110,9 +111,9 @@ def torchdiffeq(problem: Problem, x: Tensor, tol: float) -> Result:
     return Result(end, calls, calls)
 
 
-def torchode(problem: Problem, x: Tensor, method: str, tol: float) -> Result:
+def torchode(problem: Problem, x: Tensor, tol: float, method: str) -> Result:
     """torchode, a step size a sample as well."""
-    import torchode as to  # type: ignore[import-not-found, unused-ignore]
+    import torchode as to
 
     term = to.ODETerm(lambda t, y: problem.drift(y, t[:, None]))
     controller = to.IntegralController(atol=tol, rtol=tol, term=term)
@@ -127,12 +128,12 @@ def peers() -> dict[str, Callable[[Problem, Tensor, float], Result]]:
     """Those that are installed."""
     found: dict[str, Callable[[Problem, Tensor, float], Result]] = {"torchdiffeq dopri5": torchdiffeq}
     try:
-        import torchode as _  # type: ignore[import-not-found, unused-ignore] # noqa: F401
+        import torchode as _  # noqa: F401
     except ImportError:
         print("torchode is not installed: its rows are left out")
         return found
     for method in ("Dopri5", "Tsit5"):
-        found[f"torchode {method}"] = lambda problem, x, tol, method=method: torchode(problem, x, method, tol)  # type: ignore[misc]
+        found[f"torchode {method}"] = partial(torchode, method=method)
     return found
 
 
@@ -162,11 +163,11 @@ def compare(name: str, problem: Problem, x: Tensor, compiled: bool, rounds: int)
             solvers["DOP853, compiled"] = DOP853(), True
     for label, (solver, fast) in solvers.items():
         for tol in OURS:
-            runs[label, tol] = lambda s=solver, tol=tol, fast=fast: ours(problem, x, s, tol, fast)  # type: ignore[misc]
+            runs[label, tol] = partial(ours, problem, x, solver, tol, fast)
     others = peers()
     for label, peer in others.items():
         for tol in THEIRS:
-            runs[label, tol] = lambda p=peer, tol=tol: p(problem, x, tol)  # type: ignore[misc]
+            runs[label, tol] = partial(peer, problem, x, tol)
     made = {key: run() for key, run in runs.items()}
     seconds = by_turns({f"{label}|{tol}": run for (label, tol), run in runs.items()}, rounds)
     time = {key: seconds[f"{key[0]}|{key[1]}"] for key in runs}

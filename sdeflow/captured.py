@@ -89,10 +89,12 @@ class CapturedRun:
         evaluate = problem.evaluator(plan.target, plan.times)
         self._count: Callable[[int], None] = lambda calls: None
         self._conditions: dict[str, Any] = {}
+        owner: Any
         ask: Any
         if isinstance(evaluate, RowEvaluator):
             (model,) = problem.models()
-            ask, self._conditions, p, q = model.net, model.conditions, evaluate.p, evaluate.q
+            owner = ask = model.net
+            self._conditions, p, q = model.conditions, evaluate.p, evaluate.q
             table = model.time_table(plan.times)
             if model.expand:
                 told = list(table.to(x.device, x.dtype)[:, None].expand(-1, x.shape[0]).contiguous().unbind())
@@ -100,7 +102,8 @@ class CapturedRun:
                 told = list(table.to(x.device).unbind())
             self._count = model.count
         else:
-            ask, p, q, told = _drift_of(problem), [0.0] * plan.nfe, [1.0] * plan.nfe, list(plan.times.unbind())
+            owner, ask = problem, _drift_of(problem)
+            p, q, told = [0.0] * plan.nfe, [1.0] * plan.nfe, list(plan.times.unbind())
         self._told = told
         own = torch.tensor([p, q], dtype=torch.float64).T
         self._numbers = torch.cat([own, plan.ratio[:, None], plan.weights], dim=1).to(x)
@@ -108,7 +111,8 @@ class CapturedRun:
         self._length = max(n for n in range(1, _LONGEST + 1) if plan.steps % n == 0 or n == plan.steps)
         if self._length == 1 and plan.steps > _LONGEST:  # a prime number of steps: blocks, and a shorter last one
             self._length = _LONGEST
-        self._ask, self._run = ask, _BLOCKS.get((id(ask), backend), lambda: _compiled(ask, backend))
+        # the function holds what it is kept by, so that the identity is not given to another one
+        self._run = _BLOCKS.get((id(owner), backend), lambda: _compiled(ask, backend))
         self._history: list[Tensor] = [torch.zeros_like(x) for _ in range(plan.weights.shape[1] - 1)]
         self._span = plan.weights.shape[1]
         self._first = -1

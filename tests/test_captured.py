@@ -73,6 +73,19 @@ def test_a_drift_and_conditions_are_run_too():
     torch.testing.assert_close(captured(problem, DPMSolverPP(2), grid, START)[0][-1], want, rtol=1e-12, atol=1e-12)
 
 
+def test_a_problem_is_compiled_once_however_often_it_is_solved(monkeypatch):
+    made = []
+    compiled = sf.captured._compiled
+    monkeypatch.setattr(sf.captured, "_compiled", lambda ask, backend: made.append(ask) or compiled(ask, backend))
+    grid, x = torch.linspace(0, 1, 5, dtype=torch.float64), torch.ones(2, 2, dtype=torch.float64)
+    problem = Pendulum()
+    for _ in range(3):
+        captured(problem, RK4(), grid, x)
+    assert len(made) == 1
+    captured(Pendulum(), RK4(), grid, x)  # another one may have other attributes
+    assert len(made) == 2
+
+
 def test_a_state_that_somebody_changed_is_gone_on_from():
     problem = PROCESS.reverse(network(), 0.0)
     grid = sf.grids.power(problem, 8)

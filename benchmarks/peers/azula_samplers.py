@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def _sampler(kind: str, p: Sampling, grid: str, **options: Any) -> Any:
 
     times = p.rhos(grid).log()
 
-    class OnGrid(getattr(sample, kind)):  # type: ignore[misc]
+    class OnGrid(getattr(sample, kind)):  # type: ignore[misc]  # the base is chosen by name, which no checker follows
         @property
         def timesteps(self) -> Tensor:
             return times
@@ -63,7 +64,7 @@ def samplers(p: Sampling) -> dict[str, Run]:
     for name, (kind, options, calls) in KINDS.items():
         if hasattr(sample, kind):
             made = _sampler(kind, p, "trailing", **options)
-            found[name] = Run(lambda s=made: _run(s, p.x), calls * p.steps, NOTES.get(name, ""))  # type: ignore[misc]
+            found[name] = Run(partial(_run, made, p.x), calls * p.steps, NOTES.get(name, ""))
     return found
 
 
@@ -84,5 +85,5 @@ def precise(p: Sampling) -> dict[str, Sample]:
                 continue
             made = _sampler(kind, Sampling(p.net, p.x, p.steps // calls), grid, **options)
             name = " ".join([kind.removesuffix("Sampler"), *map(str, options.values()), grid])
-            found[name] = Sample(lambda s=made: _run(s, p.x), p.steps)  # type: ignore[misc]
+            found[name] = Sample(partial(_run, made, p.x), p.steps)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def steppers(p: Sampling) -> dict[str, Run]:
             return end.ys[-1]
 
         compiled = jax.jit(solve)
-        found[name] = Run(lambda f=compiled: f(x).block_until_ready(), calls * p.steps, NOTE)  # type: ignore[misc]
+        found[name] = Run(partial(_waited, compiled, x), calls * p.steps, NOTE)
     return found
 
 
@@ -97,7 +98,7 @@ def precise(p: Sampling) -> dict[str, Sample]:
                 return end.ys[-1] / jnp.sqrt(1 + rho[-1] ** 2)
 
             run = jax.jit(solve)
-            found[f"{name} {grid}"] = Sample(lambda f=run: torch.from_numpy(np.array(f(x))), calls * steps + once)  # type: ignore[misc]
+            found[f"{name} {grid}"] = Sample(partial(_as_tensor, run, x), calls * steps + once)
     return found
 
 
@@ -143,3 +144,12 @@ def sdes(x: Tensor, steps: int) -> dict[str, Run]:
 
         found[name] = Run(run, steps, note)
     return found
+
+
+def _waited(run: Any, x: Any) -> Any:
+    """The result, once it is there."""
+    return run(x).block_until_ready()
+
+
+def _as_tensor(run: Any, x: Any) -> torch.Tensor:
+    return torch.from_numpy(np.array(run(x)))

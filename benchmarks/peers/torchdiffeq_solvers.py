@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def steppers(p: Sampling) -> dict[str, Run]:
         return end
 
     return {
-        NAMES[method]: Run(lambda m=method: run(m), calls * p.steps, "3/8 rule" if method == "rk4" else "")  # type: ignore[misc]
+        NAMES[method]: Run(partial(run, method), calls * p.steps, "3/8 rule" if method == "rk4" else "")
         for method, calls in CALLS.items()
     }
 
