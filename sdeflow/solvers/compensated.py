@@ -20,7 +20,7 @@ class Compensated(LinearSolver):
     """`solver` with the state kept and combined in float64 between the steps; the network sees its own dtype.
 
     A float32 solve of N steps loses about sqrt(N) roundings of the state; this loses one, and those of the network.
-    Costs memory for the wider history and about twice the time of the combinations.
+    Costs memory for the wider history, and slower combinations.
 
     Args:
         solver: a linear method (one with a plan).
