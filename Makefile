@@ -30,11 +30,15 @@ ifneq ($(shell cat $(PEERS_STAMP) 2>/dev/null),$(CURDIR))
 $(PEERS_STAMP): moved
 endif
 
-.PHONY: help venv bench peers test test-slow lint format clean remake moved
+# Extras that only one target needs, put in .venv by that target.
+DOCS_STAMP := $(VENV)/.docs
+BROWSER_STAMP := $(VENV)/.browser
+
+.PHONY: help venv bench peers test test-slow test-browser docs lint format clean chromium remake moved
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r target text; do \
-		printf '  %-10s %s\n' "$$target" "$$text"; done
+		printf '  %-12s %s\n' "$$target" "$$text"; done
 
 venv: $(STAMP) ## make .venv with the project (editable) and everything it needs
 
@@ -51,6 +55,15 @@ test: lint ## lint, types, then every test that is not slow
 test-slow: $(STAMP) ## the slow tests
 	$(PYTEST) -m slow --timeout 1800
 
+test-browser: chromium $(BROWSER_STAMP) ## the report in a headless Chromium, which must be installed
+	$(PYTEST) -m browser
+
+chromium:
+	@command -v chromium >/dev/null || { echo "make test-browser needs Chromium: apt-get install chromium" >&2; exit 1; }
+
+docs: $(DOCS_STAMP) ## build the documentation, strictly, in site/
+	$(BIN)/mkdocs build --strict --quiet --site-dir site
+
 lint: $(STAMP) ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,7 +74,7 @@ format: $(STAMP) ## apply ruff's fixes and format
 	$(BIN)/ruff format .
 
 clean: ## remove what these targets made: environments, results/quick, results/peers.json, caches
-	rm -rf $(VENV) $(PEERS_VENV) results/quick results/peers.json build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEERS_VENV) results/quick results/peers.json build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 remake:
@@ -79,6 +92,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt hatchling editables
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
 	@echo '$(CURDIR)' > $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[docs]'
+	@touch $@
+
+$(BROWSER_STAMP): $(STAMP)
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[browser]'
+	@touch $@
 
 # Every other library is optional: one that does not install costs a line here and its rows there.
 # The constraints keep torch and numpy where they are.
