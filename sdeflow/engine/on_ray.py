@@ -1,0 +1,143 @@
+"""The engine of a cluster: Ray schedules, places, retries and scales; this file only hands it tasks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from sdeflow.engine.base import Engine, EngineError, Item, Outcome, checked_workers
+
+
+class Ray(Engine):
+    """Work as tasks of Ray. The work itself (with its model) is put once into the object store and fetched once by each
+    worker process; items and outcomes are all that travels afterwards.
+
+    Ray that was started before (`ray.init`) is used as it is and left running. Without it, `address` is joined, or a
+    Ray of this machine is started on the loopback interface, without a dashboard, and stopped at the end.
+
+    Args:
+        address: of a running cluster; "auto" for the one this machine belongs to; None for this machine alone.
+        workers: processes when one is started here: one a core unless given. Not with an address.
+        cpus, gpus: what a task asks of Ray. With gpus, Ray tells each task its device (as "cuda").
+        retries: how often Ray computes a task again whose worker died.
+        runtime_env: for Ray's workers, as in `ray.init`: for instance {"pip": ["sdeflow"]}.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ValueError: numbers that mean nothing, or workers with an address.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        workers: int | None = None,
+        cpus: float = 1,
+        gpus: float = 0,
+        retries: int = 20,
+        runtime_env: dict[str, Any] | None = None,
+    ) -> None:
+        if address is not None and workers is not None:
+            raise ValueError("a running cluster has the workers it has: give an address or workers, not both")
+        if cpus < 0 or gpus < 0 or not cpus + gpus > 0:
+            raise ValueError(f"expected cpus and gpus >= 0, one of them above, got {cpus!r} and {gpus!r}")
+        if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+            raise ValueError(f"expected retries >= 0, got {retries!r}")
+        self.address, self.cpus, self.gpus, self.retries = address, cpus, gpus, retries
+        self.runtime_env = runtime_env
+        self._started = None if workers is None else checked_workers(workers)
+        if address is None:  # read when Ray is imported: without it Ray of one machine listens to the network too
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        _ray()
+
+    def __repr__(self) -> str:
+        return f"Ray({self.address!r}, cpus={self.cpus}, gpus={self.gpus})"
+
+    @property
+    def workers(self) -> int:
+        """Of the cluster as it is now, or of the one that would be started."""
+        ray = _ray()
+        if not ray.is_initialized():
+            return self._started or os.cpu_count() or 1
+        have = ray.cluster_resources()
+        fits = [have.get(name, 0.0) / need for name, need in (("CPU", self.cpus), ("GPU", self.gpus)) if need > 0]
+        return max(1, int(min(fits)))
+
+    def map(
+        self, work: Callable[[Item], Outcome], items: Iterable[Item], *, memory: int = 0
+    ) -> Iterator[tuple[Item, Outcome]]:
+        ray = _ray()
+        ours = not ray.is_initialized()
+        if ours:
+            self._start(ray)
+        try:
+            yield from self._tasks(ray, work, iter(items), memory)
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError) as e:
+            raise EngineError(f"a worker of Ray died more than {self.retries} times at one item: {e}") from e
+        finally:
+            if ours:
+                ray.shutdown()
+
+    def _start(self, ray: Any) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would call home
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a task without a GPU keeps its variables
+        if self.address is not None:
+            ray.init(address=self.address, log_to_driver=False, runtime_env=self.runtime_env)
+            return
+        env = dict(self.runtime_env or {})
+        # workers find the modules that this process finds: its script's folder, and what it added
+        paths = [path or os.getcwd() for path in sys.path]
+        env["env_vars"] = {"PYTHONPATH": os.pathsep.join(paths), **env.get("env_vars", {})}
+        ray.init(
+            num_cpus=self._started, include_dashboard=False, log_to_driver=False, runtime_env=env,
+            _node_ip_address="127.0.0.1",
+        )  # fmt: skip
+
+    def _tasks(
+        self, ray: Any, work: Callable[[Item], Outcome], items: Iterator[Item], memory: int
+    ) -> Iterator[tuple[Item, Outcome]]:
+        held = ray.put(work)
+        task = ray.remote(_compute).options(
+            num_cpus=self.cpus, num_gpus=self.gpus, max_retries=self.retries, **({"memory": memory} if memory else {})
+        )
+        running: dict[Any, Item] = {}
+        while True:
+            # twice what runs: a worker never waits for us, and what waits is what Ray's autoscaler sees
+            for item in islice(items, max(0, 2 * self.workers + 1 - len(running))):
+                running[task.remote([held], item)] = item  # in a list: fetched by the worker, not before each task
+            if not running:
+                return
+            done, _ = ray.wait(list(running), num_returns=1)
+            try:
+                outcome = ray.get(done[0])
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error
+            yield running.pop(done[0]), outcome
+
+
+_held: dict[str, Callable[[Any], Any]] = {}
+"""In a worker: the last work that it computed, by the reference it came under."""
+
+
+def _compute(held: list[Any], item: Any) -> Any:
+    import ray
+    import torch
+
+    key = held[0].hex()
+    if key not in _held:
+        torch.set_num_threads(1)
+        _held.clear()
+        _held[key] = ray.get(held[0])
+    return _held[key](item)
+
+
+def _ray() -> Any:
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError as error:
+        raise ImportError('the engine "ray" needs Ray: pip install "sdeflow[ray]"') from error
+    return ray
