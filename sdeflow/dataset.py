@@ -3,38 +3,29 @@
     DIR/manifest.jsonl             line 1: what the run is; then one line a shard: its range, file and checksums
     DIR/shards/NAME.safetensors    columns, each with one row a sample (or .npz; or .parquet for tables)
 
-A shard is written whole and then entered; a line that was not finished is not read. The content of a range is a
-number that does not depend on how it is cut into shards: the sum modulo 2^256 of the SHA-256 of its blocks, each with
-its first index (Bellare and Micciancio 1997, A new paradigm for collision-free hashing, section 5: AdHash). It finds
-errors; it is not meant to withstand an attack.
+A shard is written whole and then entered; a line that was not finished is not read. Columns, files and
+the content of a range, which does not depend on how it is cut into shards, are those of `sdeflow.columns`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from sdeflow.checkpoints import write_atomically
-
-Format = Literal["npz", "safetensors", "parquet"]
-FORMATS: tuple[str, ...] = ("npz", "safetensors", "parquet")
-Columns = Mapping[str, Tensor]
+from sdeflow.columns import MODULUS, packed, unpacked
 
 MANIFEST = "manifest.jsonl"
 SHARDS = "shards"
-_MODULUS = 1 << 256
 
 
 @dataclass(frozen=True)
@@ -64,103 +55,19 @@ class Shard:
         return self.first + self.count
 
 
-def content_of(blocks: Iterable[tuple[int, Columns]]) -> str:
-    """The content of blocks (first index, columns)."""
-    total = 0
-    for first, columns in blocks:
-        digest = hashlib.sha256(first.to_bytes(8, "little", signed=True))
-        for name in sorted(columns):
-            value = columns[name]
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(as_bytes(value))
-        total += int.from_bytes(digest.digest(), "little")
-    return f"{total % _MODULUS:064x}"
-
-
-def added(contents: Iterable[str]) -> str:
-    """The content of ranges together."""
-    return f"{sum(int(content, 16) for content in contents) % _MODULUS:064x}"
-
-
-def as_bytes(value: Tensor) -> bytes:
-    """The bytes of a tensor's numbers, in order."""
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-# ---- files
-
-
-def packed(columns: Columns, kind: str) -> bytes:
-    """The bytes of a file of columns, the same for the same columns.
-
-    Raises:
-        ValueError: another format, or for a table columns of more than two dimensions.
-        ImportError: a table, and pyarrow is not installed.
-    """
-    held = {name: value.detach().cpu().contiguous() for name, value in columns.items()}
-    if kind == "safetensors":
-        return safetensors.torch.save(held)
-    if kind == "npz":
-        memory = io.BytesIO()
-        np.savez(memory, allow_pickle=False, **{name: _array(value) for name, value in held.items()})
-        return memory.getvalue()
-    if kind == "parquet":
-        return _table(held)
-    raise ValueError(f"unknown format {kind!r}: expected one of {', '.join(FORMATS)}")
-
-
-def _array(value: Tensor) -> np.ndarray:
-    return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()
-
-
-def _table(columns: Columns) -> bytes:
-    """Parquet: a column a number of each row; "x" of (n, 3) is x_0, x_1, x_2."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ImportError('tables need pyarrow: pip install "sdeflow[ray]"') from error
-    plain: dict[str, Any] = {}
-    for name, value in columns.items():
-        flat = _array(value).reshape(len(value), -1)
-        wide = value.ndim > 1
-        plain |= {f"{name}_{k}" if wide else name: pa.array(flat[:, k]) for k in range(flat.shape[1])}
-    memory = io.BytesIO()
-    pq.write_table(pa.table(plain), memory)
-    return memory.getvalue()
-
-
-def unpacked(path: Path) -> dict[str, Tensor]:
-    """The columns of a file that `packed` made; of a table its columns of numbers. Nothing is unpickled.
-
-    Raises:
-        ValueError: not such a file.
-    """
-    data = path.read_bytes()
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load(data)
-        if path.suffix == ".npz":
-            with np.load(io.BytesIO(data), allow_pickle=False) as held:
-                return {name: torch.from_numpy(held[name]) for name in held.files}
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        table = pq.read_table(pa.BufferReader(data))
-        return {name: torch.from_numpy(table[name].to_numpy().copy()) for name in table.column_names}
-    except (SafetensorError, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:  # Arrow's are ValueErrors
-        raise ValueError(f"{path}: not a shard of a dataset ({error})") from error
-
-
-# ---- the folder
-
-
 class Dataset:
     """The folder of a run: what it is, which ranges are complete, and what is missing.
+
+    The shards stay in the manifest: what is held of them are the ranges, joined. Memory does not grow with them.
 
     Args:
         folder: made if it is not there.
         about: what the run is, as JSON; a folder that holds another run is refused. None opens what is there.
+
+    Attributes:
+        about: what the run is.
+        ranges: of indices [first, end) that are complete, in order.
+        failed: samples that did not finish.
 
     Raises:
         ValueError: the folder holds another run, or no dataset.
@@ -169,18 +76,20 @@ class Dataset:
     def __init__(self, folder: str | Path, about: Mapping[str, Any] | None = None) -> None:
         self.folder = Path(folder)
         self._manifest = self.folder / MANIFEST
+        self._forget()
         if self._manifest.exists():
-            self.about, self._shards, torn = _read(self._manifest)
-            if torn:
-                self._rewrite({})
+            self.about = _head(self._manifest)
             if about is not None:
                 _same_run(self.folder, self.about, json.loads(json.dumps(about)))
+            torn = self._scan()
+            if torn:
+                self._rewrite({})
         elif about is None:
             raise ValueError(f"{self.folder} holds no dataset: there is no {MANIFEST}")
         else:
-            self.about, self._shards = json.loads(json.dumps(about)), []
+            self.about = json.loads(json.dumps(about))
             (self.folder / SHARDS).mkdir(parents=True, exist_ok=True)
-            self._rewrite({})
+            write_atomically(self._manifest, self._first_line({}))
 
     @property
     def num(self) -> int:
@@ -188,44 +97,61 @@ class Dataset:
         return int(self.about["num"])
 
     @property
-    def shards(self) -> list[Shard]:
-        """Those that are complete, in order."""
-        return sorted(self._shards, key=lambda shard: shard.first)
-
-    @property
     def complete(self) -> bool:
         """Whether every index is there."""
-        return sum(shard.count for shard in self._shards) == self.num
+        return self.ranges == [(0, self.num)]
 
     @property
     def content(self) -> str:
         """The content of what is there."""
-        return added(shard.content for shard in self._shards)
+        return f"{self._content % MODULUS:064x}"
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Those that are complete, in order. `each` gives one at a time."""
+        return list(self.each())
+
+    def each(self) -> Iterator[Shard]:
+        """The shards that are complete, in order, as they are read from the manifest."""
+        firsts, places = [], []
+        with open(self._manifest, "rb") as file:
+            place = len(file.readline())
+            for line in file:
+                if line.endswith(b"\n"):
+                    firsts.append(_shard(line).first)
+                    places.append(place)
+                place += len(line)
+            order = np.argsort(np.asarray(firsts, dtype=np.int64), kind="stable")
+            for k in order:
+                file.seek(places[k])
+                yield _shard(file.readline())
 
     def drop_damaged(self) -> list[Shard]:
         """Forget the shards whose file is gone or is not what was written; those that were."""
-        bad = [shard for shard in self._shards if not _intact(self.folder, shard)]
+        bad = [shard for shard in self.each() if not _intact(self.folder, shard)]
         if bad:
-            self._shards = [shard for shard in self._shards if shard not in bad]
-            self._rewrite({})
+            gone = {shard.first for shard in bad}
+            self._rewrite({}, lambda shard: shard.first not in gone)
         return bad
 
     def missing(self, block: int, size: int) -> Iterator[tuple[int, int]]:
         """(first, count) of ranges still to compute: see `gaps`."""
-        return gaps([(shard.first, shard.end) for shard in self._shards], self.num, block, size)
+        return gaps(self.ranges, self.num, block, size)
 
     def keep(self, done: Sequence[tuple[int, int]]) -> None:
         """Forget the shards that do not lie in one of the ranges [first, end)."""
-        kept = [s for s in self._shards if any(a <= s.first and s.end <= b for a, b in done)]
-        if len(kept) < len(self._shards):
-            self._shards = kept
-            self._rewrite({})
+
+        def inside(shard: Shard) -> bool:
+            return any(a <= shard.first and shard.end <= b for a, b in done)
+
+        if not all(map(inside, self.each())):
+            self._rewrite({}, inside)
 
     def add(self, shard: Shard) -> None:
         """Enter a shard whose file is written."""
         with open(self._manifest, "a", encoding="utf-8") as file:
             file.write(_line(shard))
-        self._shards.append(shard)
+        self._note(shard)
 
     def finish(self) -> None:
         """Bring the manifest in order, and drop files that it does not name.
@@ -234,14 +160,20 @@ class Dataset:
             ValueError: ranges are missing.
         """
         if not self.complete:
-            raise ValueError(f"{self.folder}: {self.num - sum(s.count for s in self._shards)} samples are missing")
+            raise ValueError(f"{self.folder}: {self.num - sum(b - a for a, b in self.ranges)} samples are missing")
         self._rewrite({"content": self.content})
-        named = {shard.file for shard in self._shards}
-        for path in (self.folder / SHARDS).glob("*"):
-            if f"{SHARDS}/{path.name}" not in named:
-                path.unlink()
-        if (self.folder / SHARDS).exists() and not any((self.folder / SHARDS).iterdir()):
-            (self.folder / SHARDS).rmdir()
+        shards = self.folder / SHARDS
+        if not shards.exists():
+            return
+        with os.scandir(shards) as entries:
+            there = sum(1 for _ in entries)
+        if there != self._count or there == 1:  # one may be what a merged file has replaced
+            named = {shard.file for shard in self.each()}
+            for path in shards.glob("*"):
+                if f"{SHARDS}/{path.name}" not in named:
+                    path.unlink()
+        if not any(shards.iterdir()):
+            shards.rmdir()
 
     def merge_into(self, file: str, kind: str) -> Path:
         """All shards as one file, which takes their place."""
@@ -249,10 +181,13 @@ class Dataset:
         shards = self.shards
         if [shard.file for shard in shards] == [file]:
             return path
-        parts = [unpacked(self.folder / shard.file) for shard in shards]
+        parts = [self.columns(shard) for shard in shards]
         data = packed({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, kind)
         write_atomically(path, data)
-        self._shards = [Shard(0, self.num, file, len(data), _sha256(data), self.content, sum(s.failed for s in shards))]
+        whole = Shard(0, self.num, file, len(data), _sha256(data), self.content, self.failed)
+        write_atomically(self._manifest, self._first_line({}) + _line(whole).encode())
+        self._forget()
+        self._note(whole)
         self.finish()
         return path
 
@@ -260,9 +195,78 @@ class Dataset:
         """The columns of one shard."""
         return unpacked(self.folder / shard.file)
 
-    def _rewrite(self, more: Mapping[str, Any]) -> None:
-        head = json.dumps({"about": self.about, **more})
-        write_atomically(self._manifest, (head + "\n" + "".join(map(_line, self.shards))).encode())
+    # ---- what is held
+
+    def _forget(self) -> None:
+        self.ranges: list[tuple[int, int]] = []
+        self.failed, self._content, self._count = 0, 0, 0
+
+    def _note(self, shard: Shard) -> None:
+        self.ranges = joined(self.ranges, shard.first, shard.end)
+        self.failed += shard.failed
+        self._content += int(shard.content, 16)
+        self._count += 1
+
+    def _scan(self) -> bool:
+        """Read the manifest; whether its last line was not finished."""
+        self._forget()
+        spans, torn = [], False
+        with open(self._manifest, "rb") as file:
+            file.readline()
+            for line in file:
+                torn = not line.endswith(b"\n")
+                if torn:
+                    break
+                try:
+                    shard = _shard(line)
+                    int(shard.content, 16)
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"{self._manifest}: not the manifest of a run ({error})") from error
+                place = Path(shard.file)
+                if shard.file not in (place.name, f"{SHARDS}/{place.name}") or shard.count < 1:
+                    raise ValueError(f"{self._manifest}: not the manifest of a run (a shard {shard.file!r})")
+                spans.append((shard.first, shard.end))
+                self.failed += shard.failed
+                self._content += int(shard.content, 16)
+                self._count += 1
+        for first, end in sorted(spans):
+            if first < 0 or end > self.num or (self.ranges and first < self.ranges[-1][1]):
+                raise ValueError(f"{self._manifest}: not the manifest of a run (a range [{first}, {end}))")
+            if self.ranges and self.ranges[-1][1] == first:
+                self.ranges[-1] = (self.ranges[-1][0], end)
+            else:
+                self.ranges.append((first, end))
+        return torn
+
+    def _first_line(self, more: Mapping[str, Any]) -> bytes:
+        return (json.dumps({"about": self.about, **more}) + "\n").encode()
+
+    def _rewrite(self, more: Mapping[str, Any], keep: Callable[[Shard], bool] = lambda shard: True) -> None:
+        """The manifest in order, without the shards that are not kept."""
+        part = self._manifest.with_suffix(".part")
+        try:
+            with open(part, "wb") as file:
+                file.write(self._first_line(more))
+                for shard in self.each():
+                    if keep(shard):
+                        file.write(_line(shard).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, self._manifest)
+        finally:
+            part.unlink(missing_ok=True)
+        self._scan()
+
+
+def joined(ranges: Sequence[tuple[int, int]], first: int, end: int) -> list[tuple[int, int]]:
+    """Ranges [first, end) in order with one more, neighbours joined."""
+    result: list[tuple[int, int]] = []
+    for a, b in sorted([*ranges, (first, end)]):
+        if result and result[-1][1] == a:
+            result[-1] = (result[-1][0], b)
+        else:
+            result.append((a, b))
+    return result
 
 
 def gaps(done: Iterable[tuple[int, int]], num: int, block: int, size: int) -> Iterator[tuple[int, int]]:
@@ -307,23 +311,20 @@ def _intact(folder: Path, shard: Shard) -> bool:
         return False
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[Shard], bool]:
-    """What the run is, its shards, and whether there is a last line that was not finished, which is left out."""
-    text = path.read_text(encoding="utf-8")
-    lines = text.split("\n")[:-1]
+def _shard(line: bytes) -> Shard:
+    return Shard(**json.loads(line))
+
+
+def _head(path: Path) -> dict[str, Any]:
+    """What the run is, from the first line of its manifest."""
     try:
-        about = json.loads(lines[0])["about"]
-        num = about["num"]
-        shards = [Shard(**json.loads(line)) for line in lines[1:]]
-    except (IndexError, KeyError, TypeError, ValueError) as error:
+        with open(path, "rb") as file:
+            about = json.loads(file.readline())["about"]
+        if not isinstance(about["num"], int):
+            raise TypeError(f"a run of {about['num']!r} samples")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not the manifest of a run ({error})") from error
-    at = 0
-    for shard in sorted(shards, key=lambda s: s.first):
-        inside = Path(shard.file).name == shard.file or shard.file == f"{SHARDS}/{Path(shard.file).name}"
-        if not inside or shard.first < at or shard.count < 1 or shard.end > num:
-            raise ValueError(f"{path}: not the manifest of a run (a shard {shard.file!r} of {shard.first} on)")
-        at = shard.end
-    return about, shards, not text.endswith("\n")
+    return dict(about)
 
 
 def _same_run(folder: Path, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdeflow.dataset import FORMATS, Dataset, Format, as_bytes
+from sdeflow.columns import FORMATS, Format, as_bytes
+from sdeflow.dataset import Dataset
 from sdeflow.engine.base import Engine
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sde import Problem

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from sdeflow.checkpoints import write_atomically
-from sdeflow.dataset import FORMATS, Dataset, Format, as_bytes
+from sdeflow.columns import FORMATS, Format, as_bytes
+from sdeflow.dataset import Dataset
 from sdeflow.engine.base import Engine
 from sdeflow.model import Model
 from sdeflow.plan import Plan
@@ -132,7 +133,7 @@ def sample_to(
 def _first(dataset: Dataset) -> Tensor:
     """The first samples, those that a picture shows."""
     rows: list[Tensor] = []
-    for shard in dataset.shards:
+    for shard in dataset.each():
         if sum(map(len, rows)) >= _SHOWN:
             break
         rows.append(dataset.columns(shard)["samples"][:_SHOWN])

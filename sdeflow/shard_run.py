@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from sdeflow.checkpoints import write_atomically
-from sdeflow.dataset import MANIFEST, Dataset, Shard, content_of, described, gaps, packed, place
+from sdeflow.columns import content_of, packed
+from sdeflow.dataset import MANIFEST, Dataset, Shard, described, gaps, joined, place
 from sdeflow.engine.base import Engine
 from sdeflow.engine.local import Local
 from sdeflow.solution import Solution
@@ -187,8 +188,8 @@ def run_shards(
             done, failed = _resume(folder / _STATISTICS, filled)
             dataset.keep(done)
         if store:
-            failed = sum(s.failed for s in dataset.shards)
-    have = [(s.first, s.end) for s in dataset.shards] if dataset is not None and store else done
+            failed = dataset.failed
+    have = list(dataset.ranges) if dataset is not None and store else done
     size = shard_size(num, block, engine.workers, sample_bytes) if shard is None else max(block, shard)
     head = ""
     if dataset is not None:
@@ -209,7 +210,7 @@ def run_shards(
                 dataset.add(delivery.shard)
             for name, statistic in filled.items():
                 statistic.merge(delivery.statistics[name])
-            done = _joined(done, first, first + count)
+            done = joined(done, first, first + count)
             finished, nfe, failed = finished + count, nfe + delivery.nfe, failed + delivery.failed
             processes.add(delivery.process)
             if folder is not None and empty and time.monotonic() - saved > _SAVE_SECONDS:
@@ -239,17 +240,6 @@ def _columns(solution: Solution) -> dict[str, Tensor]:
     if solution.xs is not None:
         held["paths"] = solution.xs.detach().cpu().transpose(0, 1).contiguous()  # one row a sample
     return held
-
-
-def _joined(done: list[tuple[int, int]], first: int, end: int) -> list[tuple[int, int]]:
-    """The ranges with one more, neighbours joined."""
-    ranges: list[tuple[int, int]] = []
-    for a, b in sorted([*done, (first, end)]):
-        if ranges and ranges[-1][1] == a:
-            ranges[-1] = (ranges[-1][0], b)
-        else:
-            ranges.append((a, b))
-    return ranges
 
 
 def _save(path: Path, filled: Mapping[str, Statistic], done: list[tuple[int, int]], failed: int) -> None:

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import sdeflow as sf
-from sdeflow.dataset import Dataset, Shard, added, content_of, gaps, packed, unpacked
+from sdeflow.columns import added, content_of, packed, unpacked
+from sdeflow.dataset import Dataset, Shard, gaps
 from sdeflow.engine import Engine, EngineError, Local, Ray, named
 from sdeflow.ensemble import PriorStart, ensemble
 from sdeflow.sample_run import sample_to
@@ -330,8 +331,7 @@ def test_what_an_ensemble_refuses(tmp_path):
 
 def test_ray_gives_the_same_bytes_although_its_workers_are_killed(tmp_path):
     """One Ray for both: starting it takes seconds. A worker is killed by its process id as soon as one is known."""
-    pytest.importorskip("ray")
-    engine = Ray()
+    engine = Ray()  # before Ray is imported: it then keeps to the loopback interface
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
