@@ -34,7 +34,7 @@ endif
 DOCS_STAMP := $(VENV)/.docs
 BROWSER_STAMP := $(VENV)/.browser
 
-.PHONY: help venv bench peers test test-slow test-browser docs lint format clean chromium remake moved
+.PHONY: help venv bench peers test test-slow test-browser test-oldest test-newest docs lint format clean chromium remake moved
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r target text; do \
@@ -61,8 +61,25 @@ test-browser: chromium $(BROWSER_STAMP) ## the report in a headless Chromium, wh
 chromium:
 	@command -v chromium >/dev/null || { echo "make test-browser needs Chromium: apt-get install chromium" >&2; exit 1; }
 
-docs: $(DOCS_STAMP) ## build the documentation, strictly, in site/
-	$(BIN)/mkdocs build --strict --quiet --site-dir site
+test-oldest: ## the tests with the lowest versions of pyproject.toml (torch of that age brings gigabytes)
+	$(call test_with,.venv-oldest,-c constraints-oldest.txt)
+
+test-newest: ## the tests with the newest versions there are (gigabytes too)
+	$(call test_with,.venv-newest,--upgrade)
+
+# What is optional and not in these environments is skipped by its tests.
+define test_with
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2) -e '.[bench,cli,peers,train]' \
+		hypothesis pytest pytest-timeout pytest-xdist
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS)
+endef
+
+docs: $(DOCS_STAMP) ## run every code block of the documentation, build it strictly in site/
+	$(PYTEST) --quiet tests/test_docs.py tests/test_docs_site.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
+	@$(BIN)/python docs/hooks/blocks.py
+	@$(BIN)/python docs/hooks/api.py
 
 lint: $(STAMP) ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
@@ -74,7 +91,7 @@ format: $(STAMP) ## apply ruff's fixes and format
 	$(BIN)/ruff format .
 
 clean: ## remove what these targets made: environments, results/quick, results/peers.json, caches
-	rm -rf $(VENV) $(PEERS_VENV) results/quick results/peers.json build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEERS_VENV) .venv-oldest .venv-newest results/quick results/peers.json build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 remake:
@@ -83,7 +100,8 @@ remake:
 moved:
 
 # The pinned torch goes first and alone: a looser request, ours or a dependency's, may bring another
-# build with gigabytes of accelerator libraries. The pinned build backend then builds the project.
+# build with gigabytes of accelerator libraries. The pinned build backend then builds the project. k-diffusion asks for
+# a hundred packages and an old numpy: the tests use two of its files, which need none of them.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (about a minute on a new machine)"
 	@rm -f $@
@@ -91,6 +109,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt '$(TORCH)'
 	$(PIP) install -c constraints.txt hatchling editables
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install -c constraints.txt --no-deps k-diffusion
 	@echo '$(CURDIR)' > $@
 
 $(DOCS_STAMP): $(STAMP)

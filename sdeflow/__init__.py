@@ -6,6 +6,7 @@ from sdeflow import bench, grids, guidance, inverse, losses, metrics, nets, prob
 from sdeflow.brownian import BrownianPath
 from sdeflow.checkpoints import load_model, save_model
 from sdeflow.coding import decode, encode, interpolate, interpolate_data
+from sdeflow.expectation import Expectation, expect
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.known import GBM, RotationGBM, SigmoidOU, SinhOU, Student
 from sdeflow.likelihood import bits_per_dim, elbo, log_prob
@@ -43,6 +44,7 @@ __all__ = [
     "SamePath",
     "RecordedPath",
     "CosineVP",
+    "Expectation",
     "DiscreteVP",
     "GaussianSDE",
     "LinearSDE",
@@ -72,6 +74,7 @@ __all__ = [
     "decode",
     "elbo",
     "encode",
+    "expect",
     "grids",
     "guidance",
     "interpolate",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sdeflow import bridge
 from sdeflow.bridge import Increment, NodeNormals, Split, as_split, join, only_row, rows_of
+from sdeflow.checked import checked_class
 from sdeflow.noise import Noise
 
 DEPTH = 40
@@ -118,6 +119,7 @@ def _increment(part: Increment, level: int) -> Increment:
     return Increment(part.w * 2.0**-level, part.h)
 
 
+@checked_class
 class BrownianPath:
     """Brownian motion of a batch of samples on a span, asked for in any order.
 

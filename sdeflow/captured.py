@@ -94,7 +94,7 @@ class CapturedRun:
         if isinstance(evaluate, RowEvaluator):
             (model,) = problem.models()
             owner = ask = model.net
-            self._conditions, p, q = model.conditions, evaluate.p, evaluate.q
+            self._conditions, p, q = model.conditions_for(x), evaluate.p, evaluate.q
             table = model.time_table(plan.times)
             if model.expand:
                 told = list(table.to(x.device, x.dtype)[:, None].expand(-1, x.shape[0]).contiguous().unbind())

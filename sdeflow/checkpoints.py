@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from sdeflow.files import write_atomically as write_atomically
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model
 from sdeflow.nets import MLP, EDMPreconditioned, UNet
@@ -111,20 +112,6 @@ def read_info(path_or_name: str | os.PathLike[str]) -> dict[str, Any]:
     return _read(path_or_name)[1]
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the whole new one."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 # ---- reading
 
 
@@ -150,7 +137,7 @@ def _parsed(where: str, data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]
         tensors = safetensors.torch.load(data)
     except SafetensorError as error:
         raise ValueError(f"{where}: not a safetensors file ({error})") from error
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")], object_pairs_hook=_once)
     text = header.get("__metadata__", {}).get(_KEY)
     if text is None:
         raise ValueError(f"{where}: not written by save_model: no {_KEY!r} in the header's metadata")
@@ -159,9 +146,16 @@ def _parsed(where: str, data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: the header's description is not JSON ({error})") from error
     got = description.get("format") if isinstance(description, dict) else description
-    if got != _FORMAT:
+    if isinstance(got, bool) or got != _FORMAT:
         raise ValueError(f"{where}: expected a description of format {_FORMAT}, got {got!r}")
     return description, tensors
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, refused if it says a name twice: readers differ in which of the two they take."""
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise ValueError("not a checkpoint: a name stands twice in its header")
+    return dict(pairs)
 
 
 def _rebuild(where: str, description: dict[str, Any], part: str, classes: tuple[type[Any], ...]) -> Any:

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model, conversion, row_of
 from sdeflow.reverse import ReverseSDE
@@ -31,6 +32,7 @@ TOLERANCE = 1e-5
 """The tolerance without one given: that of score_sde's likelihoods."""
 
 
+@checked
 def encode(
     model: Model | ReverseSDE,
     x: Tensor,
@@ -62,6 +64,7 @@ def encode(
     return _along(model, x, t0, t1, True, solver, steps, grid, rtol, atol, throw)
 
 
+@checked
 def decode(
     model: Model | ReverseSDE,
     z: Tensor,
@@ -79,6 +82,7 @@ def decode(
     return _along(model, z, t0, t1, False, solver, steps, grid, rtol, atol, throw)
 
 
+@checked
 def interpolate(a: Tensor, b: Tensor, n: int, mode: Literal["spherical", "linear"] = "spherical") -> Tensor:
     """`n` states from a to b, both included: (n, batch, *event) of a and b (batch, *event), each sample by itself.
 
@@ -120,6 +124,7 @@ def interpolate(a: Tensor, b: Tensor, n: int, mode: Literal["spherical", "linear
     return (before.reshape(shape).to(wide) * a + after.reshape(shape).to(wide) * b).to(a.dtype)
 
 
+@checked
 def interpolate_data(
     model: Model | ReverseSDE,
     a: Tensor,

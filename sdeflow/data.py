@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from tokenize import TokenError
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -87,17 +91,20 @@ def load(what: str) -> tuple[Tensor, Tensor | None]:
         raise ValueError(f"{what}: expected a file that ends in {', '.join(readers)}, or a folder of images")
     try:
         data, labels = readers[path.suffix](path)
-    except (KeyError, OSError, ValueError) as error:
-        raise ValueError(f"{what}: {error}") from error
+    except (KeyError, EOFError, MemoryError, OSError, SyntaxError, TokenError, TypeError, ValueError) as error:
+        raise ValueError(f"{what}: expected an array file, got one that cannot be read ({error})") from error
+    except (BadZipFile, NotImplementedError, RuntimeError, zlib.error) as error:
+        raise ValueError(f"{what}: expected an archive of arrays, got one that cannot be read ({error})") from error
     return _checked(what, data, labels)
 
 
 def _npy(path: Path) -> tuple[Tensor, Tensor | None]:
-    return torch.as_tensor(np.load(path, allow_pickle=False)), None
+    with path.open("rb") as file:  # numpy leaves a file that it cannot read open
+        return torch.as_tensor(np.load(file, allow_pickle=False)), None
 
 
 def _npz(path: Path) -> tuple[Tensor, Tensor | None]:
-    with np.load(path, allow_pickle=False) as arrays:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         names = [name for name in arrays.files if name != "labels"]
         if "data" not in names and len(names) != 1:
             raise ValueError(f'expected an array "data", got {", ".join(arrays.files)}')
@@ -129,8 +136,19 @@ def _folder(path: Path) -> tuple[Tensor, Tensor | None]:
     labels: list[int] = []
     for k, folder in enumerate(folders):
         for file in sorted(p for p in folder.iterdir() if p.suffix.lower() in _IMAGES):
-            with Image.open(file) as image:
-                own = np.asarray(image.convert("L" if image.mode in ("1", "L", "I", "I;16") else "RGB"))
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error", Image.DecompressionBombWarning)
+                    with Image.open(file) as image:
+                        own = np.asarray(image.convert("L" if image.mode in ("1", "L", "I", "I;16") else "RGB"))
+            except (
+                Image.DecompressionBombError,
+                Image.DecompressionBombWarning,
+                OSError,
+                SyntaxError,
+                ValueError,
+            ) as error:
+                raise ValueError(f"{file}: expected an image, got a file that is none ({error})") from error
             if images and own.shape != images[0].shape:
                 raise ValueError(f"{file}: expected images of one size and kind, {images[0].shape}, got {own.shape}")
             images.append(own)
@@ -143,7 +161,7 @@ def _folder(path: Path) -> tuple[Tensor, Tensor | None]:
 
 
 def _checked(what: str, data: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if data.ndim < 2 or len(data) < 1 or data.is_complex() or data.dtype == torch.bool:
+    if data.ndim < 2 or data.numel() < 1 or data.is_complex() or data.dtype == torch.bool:
         raise ValueError(f"{what}: expected numbers of shape (n, *event), got {data.dtype} of {tuple(data.shape)}")
     data = data.to(torch.float32)
     if not bool(torch.isfinite(data).all()):

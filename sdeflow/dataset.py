@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,18 +114,21 @@ class Dataset:
 
     def each(self) -> Iterator[Shard]:
         """The shards that are complete, in order, as they are read from the manifest."""
-        firsts, places = [], []
+        return map(_shard, self._lines())
+
+    def _lines(self) -> Iterator[bytes]:
+        """The manifest's lines of shards, in order of their first index."""
+        firsts, places = array("q"), array("q")
         with open(self._manifest, "rb") as file:
             place = len(file.readline())
             for line in file:
                 if line.endswith(b"\n"):
-                    firsts.append(_shard(line).first)
+                    firsts.append(_first(line))
                     places.append(place)
                 place += len(line)
-            order = np.argsort(np.asarray(firsts, dtype=np.int64), kind="stable")
-            for k in order:
+            for k in np.argsort(np.asarray(firsts), kind="stable"):
                 file.seek(places[k])
-                yield _shard(file.readline())
+                yield file.readline()
 
     def drop_damaged(self) -> list[Shard]:
         """Forget the shards whose file is gone or is not what was written; those that were."""
@@ -241,21 +245,22 @@ class Dataset:
     def _first_line(self, more: Mapping[str, Any]) -> bytes:
         return (json.dumps({"about": self.about, **more}) + "\n").encode()
 
-    def _rewrite(self, more: Mapping[str, Any], keep: Callable[[Shard], bool] = lambda shard: True) -> None:
+    def _rewrite(self, more: Mapping[str, Any], keep: Callable[[Shard], bool] | None = None) -> None:
         """The manifest in order, without the shards that are not kept."""
         part = self._manifest.with_suffix(".part")
         try:
             with open(part, "wb") as file:
                 file.write(self._first_line(more))
-                for shard in self.each():
-                    if keep(shard):
-                        file.write(_line(shard).encode())
+                for line in self._lines():
+                    if keep is None or keep(_shard(line)):
+                        file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, self._manifest)
         finally:
             part.unlink(missing_ok=True)
-        self._scan()
+        if keep is not None:
+            self._scan()
 
 
 def joined(ranges: Sequence[tuple[int, int]], first: int, end: int) -> list[tuple[int, int]]:
@@ -309,6 +314,12 @@ def _intact(folder: Path, shard: Shard) -> bool:
             return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
     except OSError:
         return False
+
+
+def _first(line: bytes) -> int:
+    """The first index in a line that `_line` wrote; without reading the rest if it can be."""
+    start = line[9 : line.find(b",")]
+    return int(start) if line.startswith(b'{"first":') and start.isdigit() else _shard(line).first
 
 
 def _shard(line: bytes) -> Shard:

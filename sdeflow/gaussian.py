@@ -14,6 +14,7 @@ The named members give closed forms; the tests hold them against the derivations
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sdeflow import grids
+from sdeflow.checked import checked, described, number, tensor
 from sdeflow.noise import PRIOR, Noise
 from sdeflow.quadrature import CumulativeKernel
 from sdeflow.sde import SDE
@@ -146,6 +148,8 @@ class GaussianSDE(SDE):
 
     def perturb(self, x0: Tensor, t: Time, eps: Tensor) -> Tensor:
         """x_t = alpha(t) x0 + sigma(t) eps."""
+        if not (tensor(x0) and tensor(eps)):
+            raise TypeError(f"expected x0 and eps as tensors, got {described(x0)} and {described(eps)}")
         if eps.shape != x0.shape:
             raise ValueError(f"expected eps of the shape of x0, {tuple(x0.shape)}, got {tuple(eps.shape)}")
         mean, std = self.marginal(x0, t)
@@ -165,6 +169,7 @@ class GaussianSDE(SDE):
         gap = torch.where(s == t, 0.0, torch.clamp(self.lam(t) - self.lam(s), max=0.0))
         return self.alpha(t) / self.alpha(s), self.sigma(t) * torch.sqrt(-torch.expm1(2 * gap))
 
+    @checked
     def prior_sample(
         self,
         shape: tuple[int, ...],
@@ -175,6 +180,8 @@ class GaussianSDE(SDE):
         device: torch.device | str = "cpu",
     ) -> Tensor:
         """`shape` = (batch, *event) draws of the prior N(0, prior_std^2); sample i depends on (seed, index i)."""
+        if not shape or min(shape) < 1 or math.prod(shape) >= 1 << 40:
+            raise ValueError(f"expected a shape (batch, *event) of fewer than 2^40 numbers, got {tuple(shape)}")
         noise = Noise(seed, shape[0], index=index, device=device)
         return self.prior_std * noise.normal(PRIOR, 0, shape[1:], dtype)
 
@@ -184,6 +191,7 @@ class GaussianSDE(SDE):
     # ---- constructors
 
     @staticmethod
+    @checked
     def from_kernel(
         alpha: Callable[[Tensor], Any],
         sigma: Callable[[Tensor], Any],
@@ -212,6 +220,7 @@ class GaussianSDE(SDE):
         return process
 
     @staticmethod
+    @checked
     def from_coefficients(
         drift_coeff: Callable[[Tensor], Any],
         diffusion_coeff: Callable[[Tensor], Any],
@@ -248,6 +257,9 @@ class GaussianSDE(SDE):
 
 
 def _checked_span(t0: float, t1: float, t_min: float | None) -> tuple[float, float, float]:
+    for name, value in (("t0", t0), ("t1", t1), ("t_min", t_min)):
+        if not (value is None and name == "t_min") and not (number(value) and math.isfinite(float(value or 0))):
+            raise ValueError(f"expected {name} as a finite number, got {described(value)}")
     t_min = t0 + _SAMPLING_SHARE * (t1 - t0) if t_min is None else t_min
     if not t0 < t_min < t1:
         raise ValueError(f"expected t0 < t_min < t1, got t0 = {t0:g}, t_min = {t_min:g}, t1 = {t1:g}")
@@ -266,7 +278,12 @@ def _slope(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 
 
 def _like(value: Any, t: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64, device=t.device).expand(t.shape)
+    try:
+        return torch.as_tensor(value, dtype=torch.float64, device=t.device).expand(t.shape)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected a function of time to return numbers of shape {tuple(t.shape)}, got {described(value)}"
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)

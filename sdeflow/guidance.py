@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked
 from sdeflow.combined import Combination, Guided, select, usable_time
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model, row_of
@@ -90,6 +91,7 @@ class _Term(WithScore):
         return self.ask("model", x, t, self.prediction, conditions), term
 
 
+@checked
 def add_score(model: Model, term: Callable[..., Tensor], scale: Scale = 1.0) -> Model:
     """The model with score s(x, t) + scale term(x, t, **conditions).
 
@@ -106,6 +108,7 @@ def add_score(model: Model, term: Callable[..., Tensor], scale: Scale = 1.0) -> 
     return Guided(_Term(model, term, scale, "term", gradient=False), model.sde, model.prediction)
 
 
+@checked
 def add_term(model: Model, log_likelihood: LogLikelihood, scale: Scale = 1.0) -> Model:
     """The model with score s(x, t) + scale grad_x log_likelihood(x, t, **conditions), by reverse-mode autodiff.
 
@@ -122,6 +125,7 @@ def add_term(model: Model, log_likelihood: LogLikelihood, scale: Scale = 1.0) ->
     return Guided(_Term(model, log_likelihood, scale, "log_likelihood", gradient=True), model.sde, model.prediction)
 
 
+@checked
 def classifier_guidance(model: Model, log_prob: LogLikelihood, scale: Scale = 1.0) -> Model:
     """The model with score s(x, t) + scale grad_x log p(y | x, t) of a classifier of noisy states.
 
@@ -207,6 +211,7 @@ class _ClassifierFree(Combination):
         return torch.where((level > low) & (level <= high), weight, 1.0)
 
 
+@checked
 def classifier_free(
     model: Model,
     unconditional: Model,
@@ -232,7 +237,7 @@ def classifier_free(
             (Kynkaanniemi et al. 2024, Applying guidance in a limited interval). The model then jumps at its ends:
             put them on the grid of a method of high order.
         rescale: phi in [0, 1]: the guided x_0 times phi std(c)/std(guided) + 1 - phi, standard deviations over the
-            components of a sample (Lin et al. 2023, Common diffusion noise schedules, section 3.4, on the network's
+            components of a sample (Lin et al. 2024, Common diffusion noise schedules, section 3.4, on the network's
             output; here on x_0, whatever the network predicts, which for v is the same at low signal).
         interval_in: what the interval is in: "sigma", the level sigma(t)/alpha(t), EDM's sigma; or the time "t".
 
@@ -277,6 +282,7 @@ class _Threshold(Combination):
         return self.clip(self.ask("model", x, t, "x0", conditions))
 
 
+@checked
 def clip_x0(model: Model, low: float = -1.0, high: float = 1.0) -> Model:
     """The model with its x_0 clipped to [low, high] (static thresholding); other predictions follow from it.
 
@@ -292,6 +298,7 @@ def clip_x0(model: Model, low: float = -1.0, high: float = 1.0) -> Model:
     return Guided(_Threshold(model, lambda x0: x0.clamp(low, high)), model.sde, "x0")
 
 
+@checked
 def dynamic_threshold(model: Model, quantile: float = 0.995, floor: float = 1.0) -> Model:
     """The model with x_0 clipped to [-s, s] and times floor/s, s = max(floor, the quantile of |x_0| of the sample).
 
@@ -339,6 +346,12 @@ def _increase(low: object, high: object) -> bool:
 
 
 def check_guidance(model: object, scale: object, **functions: object) -> None:
+    """Refuse what cannot be guided: the checks that every guidance here makes.
+
+    Raises:
+        TypeError: `model` is no Model, or one of `functions` is none.
+        ValueError: `scale` is neither a finite number nor a function of t.
+    """
     if not isinstance(model, Model):
         raise TypeError(f"expected a Model, got {type(model).__name__}; wrap the network: sf.Model(net, sde, ...)")
     for name, function in functions.items():

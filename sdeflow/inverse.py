@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdeflow.checked import checked
 from sdeflow.combined import Guided, usable_time, x0_of
 from sdeflow.guidance import Scale, WithScore, check_guidance
 from sdeflow.model import Model
@@ -88,6 +89,7 @@ class _ExactGaussian(WithScore):
         return self.ask("model", x, t, self.prediction, conditions), term.reshape(x.shape).to(x.dtype)
 
 
+@checked
 def dps(model: Model, observation: LinearObservation, y: Tensor, scale: Scale = 1.0) -> Model:
     """Diffusion posterior sampling as a score: s(x, t) - scale/(2 s^2) grad_x |y - A E[x_0 | x_t = x]|^2.
 
@@ -111,6 +113,7 @@ def dps(model: Model, observation: LinearObservation, y: Tensor, scale: Scale = 
     return _guided(_Likelihood(model, observation, y, scale, 0.0), model, y)
 
 
+@checked
 def pigdm(
     model: Model, observation: LinearObservation, y: Tensor, scale: Scale = 1.0, *, variance: float = 1.0
 ) -> Model:
@@ -136,6 +139,7 @@ def pigdm(
     return _guided(_Likelihood(model, observation, y, scale, float(variance)), model, y)
 
 
+@checked
 def exact_gaussian(model: Model, prior: Gaussian, observation: LinearObservation, y: Tensor) -> Model:
     """s(x, t) + grad log p_t(y | x) in closed form for data of the law `prior`, a Gaussian; in float64 inside.
 
@@ -151,6 +155,7 @@ def exact_gaussian(model: Model, prior: Gaussian, observation: LinearObservation
     return _guided(_ExactGaussian(model, prior, observation, y), model, y)
 
 
+@checked
 def posterior(prior: GaussianMixture, observation: LinearObservation, y: Tensor) -> GaussianMixture:
     """p(x_0 | y) for one observation y (1, *observed): a mixture again, exact; its `.model(process)` samples it.
 

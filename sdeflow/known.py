@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked_class
 from sdeflow.known_base import Draws, KernelSDE, KnownSDE, finite, from_numpy, log_normal_density, positive
 
 __all__ = ["GBM", "KernelSDE", "KnownSDE", "RotationGBM", "SigmoidOU", "SinhOU", "Student"]
@@ -48,6 +49,7 @@ class TransformedGaussian(KernelSDE):
         return self._state(mean + torch.sqrt(variance) * draws.normal(self.dim))
 
 
+@checked_class
 class GBM(TransformedGaussian):
     """Geometric Brownian motion dx = mu x dt + sigma x dW on (0, inf), in each coordinate.
 
@@ -122,6 +124,7 @@ class TransformedOU(TransformedGaussian):
         return self._state(math.sqrt(self._variance) * draws.normal(self.dim))
 
 
+@checked_class
 class SinhOU(TransformedOU):
     """sinh of an Ornstein-Uhlenbeck process, on the whole line, in each coordinate:
 
@@ -154,6 +157,7 @@ class SinhOU(TransformedOU):
         return -0.5 * torch.log1p(x**2)
 
 
+@checked_class
 class SigmoidOU(TransformedOU):
     """The logistic function of an Ornstein-Uhlenbeck process, on (0, 1), in each coordinate:
 
@@ -188,6 +192,7 @@ class SigmoidOU(TransformedOU):
         return -torch.log(x) - torch.log1p(-x)
 
 
+@checked_class
 class RotationGBM(KernelSDE):
     """A rotation with multiplicative noise in the plane, not gradient and not reversible, with general noise (m = 2):
 
@@ -289,6 +294,7 @@ def log_wrapped_normal(angle: Tensor, variance: Tensor) -> Tensor:
     return torch.logsumexp(log_normal_density(images, torch.zeros_like(images), variance.unsqueeze(-1)), -1)
 
 
+@checked_class
 class Student(KnownSDE):
     """The Pearson diffusion whose stationary law is Student's, in each coordinate, started from that law:
 

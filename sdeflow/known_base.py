@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdeflow.checked import numbers
 from sdeflow.model import Model, as_model
 from sdeflow.noise import DATA, PRIOR, Noise
 from sdeflow.sde import SDE
@@ -219,13 +220,13 @@ class KernelSDE(KnownSDE):
         return other
 
     def _begin(self, start: Any, weights: Any, t1: float) -> None:
-        atoms = torch.as_tensor(start, dtype=torch.float64)
+        atoms = numbers(start, "start")
         if atoms.ndim != 2 or atoms.numel() == 0:
             raise ValueError(f"expected start of shape (K, d) with K, d >= 1, got {tuple(atoms.shape)}")
         KnownSDE.__init__(self, atoms.shape[1], t1)
         self.start = self._checked_start(atoms.detach().cpu().clone(), "start")
         k = len(atoms)
-        w = torch.ones(k, dtype=torch.float64) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
+        w = torch.ones(k, dtype=torch.float64) if weights is None else numbers(weights, "weights")
         if w.shape != (k,) or not bool(torch.isfinite(w).all() and (w >= 0).all() and w.sum() > 0):
             raise ValueError(f"expected {k} finite weights >= 0 with a sum > 0, got {w.tolist()}")
         self.weights = w / w.sum()

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked
 from sdeflow.coding import checked_states, chosen, flow_of, span_of, times_of
 from sdeflow.divergence import DivergenceName, FlowWithDivergence, divergence_of
 from sdeflow.gaussian import GaussianSDE
@@ -98,6 +99,7 @@ class BitsPerDim:
     nfe: int | Tensor
 
 
+@checked
 def log_prob(
     model: Model | ReverseSDE,
     x: Tensor,
@@ -173,6 +175,7 @@ def log_prob(
     )
 
 
+@checked
 def elbo(
     model: Model,
     x: Tensor,
@@ -266,6 +269,7 @@ def _pair_loss(
     return sigma2 * (square + pull), -0.5 * sigma2 * pull / size, std.flatten() ** 2 / sigma2
 
 
+@checked
 def bits_per_dim(
     model: Model | ReverseSDE,
     x: Tensor,

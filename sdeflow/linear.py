@@ -20,6 +20,7 @@ from scipy.linalg import solve_continuous_lyapunov
 from torch import Tensor
 
 from sdeflow import grids
+from sdeflow.checked import checked_class
 from sdeflow.gaussian import _checked_span
 from sdeflow.matrix_kernel import (
     Coefficient,
@@ -46,6 +47,7 @@ _KEPT = 4096
 _ANCHORS = 32
 
 
+@checked_class
 class LinearSDE(SDE):
     """dx = (F(t) x + b(t)) dt + G(t) dW on [t0, t1], acting on the first dimension of an event.
 
@@ -360,6 +362,7 @@ class LinearSDE(SDE):
         return float(t)
 
 
+@checked_class
 class CLD(LinearSDE):
     """Critically damped Langevin diffusion on pairs (x, v) of data and velocity, events (2, *data):
 

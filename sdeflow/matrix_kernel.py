@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sdeflow.checked import numbers
 from sdeflow.quadrature import gauss_legendre
 
 Method = Literal["constant", "commuting", "magnus"]
@@ -353,7 +354,7 @@ class Coefficient:
         self.constant: Tensor | None = None
         self._batched = False
         if not callable(given):
-            self.constant = torch.as_tensor(given, dtype=torch.float64).detach().cpu().clone()
+            self.constant = numbers(given, name).detach().cpu().clone()
             values = self.constant
         else:
             values = torch.stack([self._call(t) for t in probes[:3]])

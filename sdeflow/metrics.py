@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked, numbers
+
 
 @dataclass(frozen=True)
 class TrajectoryError:
@@ -27,6 +29,7 @@ class TrajectoryError:
     per_sample: Tensor
 
 
+@checked
 def trajectory_error(
     x: Tensor, x_ref: Tensor, *, tau: float | None = None, centres: Tensor | None = None
 ) -> TrajectoryError:
@@ -66,6 +69,7 @@ def _middle(error: Tensor) -> float:
     return float(0.5 * (ranked[half - 1] + ranked[half]))
 
 
+@checked
 def fitted_order(sizes: Sequence[float] | Tensor, errors: Sequence[float] | Tensor) -> float:
     """The slope of log(error) against log(step size), by least squares.
 
@@ -73,8 +77,8 @@ def fitted_order(sizes: Sequence[float] | Tensor, errors: Sequence[float] | Tens
         sizes: step sizes, or 1/(number of steps); at least two, different.
         errors: positive, finite.
     """
-    h = torch.as_tensor(sizes, dtype=torch.float64)
-    e = torch.as_tensor(errors, dtype=torch.float64)
+    h = numbers(sizes, "sizes")
+    e = numbers(errors, "errors")
     if h.shape != e.shape or h.ndim != 1 or h.numel() < 2:
         raise ValueError(f"expected two lists of at least 2 numbers, got shapes {tuple(h.shape)} and {tuple(e.shape)}")
     if not bool((h > 0).all() and (e > 0).all() and torch.isfinite(e).all()):
@@ -100,6 +104,7 @@ class Estimate:
     floor: float | None = None
 
 
+@checked
 def w2_gaussian(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
     """The 2-Wasserstein distance between N(mean1, cov1) and N(mean2, cov2) (Dowson and Landau 1982).
 
@@ -112,6 +117,7 @@ def w2_gaussian(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> flo
     return math.sqrt(max(0.0, float(square)))
 
 
+@checked
 def frechet(x: Tensor, y: Tensor) -> float:
     """The Frechet distance of features x (n, k) and y (m, k): W2^2 of the Gaussians with their moments.
 
@@ -133,6 +139,7 @@ def _square_root(c: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
 
 
+@checked
 def sliced_w2(x: Tensor, y: Tensor, *, projections: int = 128, seed: int = 0, floor: Tensor | None = None) -> Estimate:
     """The sliced 2-Wasserstein distance between samples x and y (n, *event) of equal size.
 
@@ -177,6 +184,7 @@ def _influence(ranked: Tensor, order: Tensor, gap: Tensor) -> Tensor:
     return torch.zeros_like(potential).scatter_(0, order, potential).mean(1)
 
 
+@checked
 def mmd(
     x: Tensor, y: Tensor, *, bandwidths: Sequence[float] = (0.25, 0.5, 1.0, 2.0, 4.0), bootstrap: int = 100,
     seed: int = 0, floor: Tensor | None = None,

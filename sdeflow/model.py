@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,6 +27,8 @@ from torch import Tensor
 
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.kept import Kept, bits, constant
+from sdeflow.nets.embedding import Conditioned
+from sdeflow.nets.precondition import EDMPreconditioned
 from sdeflow.processes import DiscreteVP
 from sdeflow.sde import SDE, Evaluator, checked_shape
 from sdeflow.times import Each, Time, align
@@ -86,7 +89,8 @@ class Model:
         time: what the network is told about the time t: None for t itself, "sigma" for sigma(t)
             (EDM and VE networks), "lam" for log(alpha/sigma), "discrete" for the fractional table index
             0..N-1 of a DiscreteVP, or a function of a float64 tensor of times, such as
-            `lambda t: 999 * t` for score_sde's VP networks.
+            `lambda t: 999 * t` for score_sde's VP networks. It is rounded to the dtype of x: a network in 16 bits
+            that counts in hundreds of steps is better given float32 states, which it rounds itself.
         expand: True gives the network a (batch,) vector in the dtype of x, as networks expect;
             False gives the float64 time as the solver holds it, 0-d or (batch, 1, ..., 1), as
             closed forms want.
@@ -122,6 +126,33 @@ class Model:
         self.conditions: dict[str, Any] = {}
         self._time_input = _time_input(time, sde)
         self._counter = Counter()
+
+    @classmethod
+    def from_diffusers(
+        cls,
+        net: Callable[..., Any],
+        scheduler_config: Any,
+        *,
+        time: Callable[[Tensor], Tensor] | None = None,
+        clip: bool = True,
+    ) -> Model:
+        """A network of diffusers with what its scheduler's configuration says: the process and the prediction.
+
+        A table of betas is a `DiscreteVP`, flow matching a `RectifiedFlow`, EDM's preconditioning (`sigma_data`) an
+        `EDM`. Sampler and spacing belong to solver and grid: `integrations.diffusers_grids.diffusers_grid`.
+
+        Args:
+            net: a UNet or transformer, called as `net(x, timestep, **conditions)`; conditions by `bind`.
+            scheduler_config: a scheduler, its `.config`, a dictionary, or the path of a saved one.
+            time: what the network is told about a float64 tensor of times, instead of the index (flow: N t).
+            clip: do what `clip_sample` or `thresholding` ask for to every x_0; False is the network alone.
+
+        Raises:
+            TypeError, ValueError: not such a network or configuration, or one whose process is none of these.
+        """
+        from sdeflow.integrations.diffusers_model import from_diffusers
+
+        return from_diffusers(net, scheduler_config, time=time, clip=clip)
 
     def __repr__(self) -> str:
         name = getattr(self.net, "__name__", type(self.net).__name__)
@@ -233,7 +264,20 @@ class Model:
     def raw(self, x: Tensor, time: Tensor) -> Tensor:
         """The network's own output, counted and checked for its shape."""
         self._counter.calls += 1
-        return checked_shape(self.net(x, time, **self.conditions), x, "the model")
+        value = self.net(x, time, **self.conditions_for(x))
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"the model returned {type(value).__name__} for x of shape {tuple(x.shape)}: expected one tensor of "
+                "the shape of x; wrap the network in a function that returns it, such as lambda x, t: net(x, t)[0]"
+            )
+        return checked_shape(value, x, "the model")
+
+    def conditions_for(self, x: Tensor) -> dict[str, Any]:
+        """The conditions as the network is given them at x: one label for all samples becomes one a sample."""
+        label = self.conditions.get("label")
+        if type(label) is not int or _classes(self.net) is None:
+            return self.conditions
+        return {**self.conditions, "label": torch.full((x.shape[0],), label, dtype=torch.int64, device=x.device)}
 
     def _input(self, x: Tensor, t: Tensor) -> Tensor:
         time = self._time_input(t)
@@ -246,15 +290,20 @@ class Model:
     def bind(self, **conditions: Any) -> Model:
         """The same model with conditions passed to the network at every call.
 
-        Tensors have one row a sample and follow their samples; other values are passed as they are.
+        Tensors have one row a sample and follow their samples; other values are passed as they are. The `label` of
+        this package's networks (0..classes-1, or `classes` for none) may be one number, the same for all samples.
 
         Raises:
-            TypeError: the network does not take a condition of that name.
+            TypeError: the network does not take a condition of that name; a label that is no whole number.
+            ValueError: a label that a network of this package does not have.
         """
         accepted = _parameters(self.net)
         unknown = [name for name in conditions if accepted is not None and name not in accepted]
         if unknown:
             raise TypeError(f"the network does not take {', '.join(unknown)}: it takes {', '.join(accepted or ())}")
+        classes = _classes(self.net)
+        if classes is not None and conditions.get("label") is not None:
+            conditions["label"] = _checked_label(conditions["label"], classes)
         model = copy.copy(self)
         model.conditions = {**self.conditions, **conditions}
         return model
@@ -328,6 +377,35 @@ def _time_input(time: TimeInput, sde: SDE) -> Callable[[Tensor], Tensor]:
         needed = "a DiscreteVP" if time == "discrete" else "a GaussianSDE"
         raise ValueError(f"time={time!r} needs {needed}, got {sde!r}; pass a function of t instead")
     raise ValueError(f'expected time to be None, "sigma", "lam", "discrete" or a function, got {time!r}')
+
+
+def _classes(net: Callable[..., Any]) -> int | None:
+    """The number of labels of a network of this package, whose `label` is known to be int64 (batch,); else None."""
+    while isinstance(net, EDMPreconditioned):
+        net = net.net
+    return net.classes if isinstance(net, Conditioned) else None
+
+
+def _checked_label(label: Any, classes: int) -> int | Tensor:
+    if not classes:
+        raise ValueError(f"expected no label, as the network was made without classes; got {label!r}")
+    if isinstance(label, Tensor) and label.ndim > 0:
+        if label.dtype != torch.int64 or label.ndim != 1:
+            raise ValueError(
+                f"expected a number or one int64 label a sample, (batch,), got {label.dtype} of {tuple(label.shape)}"
+            )
+        read = label.device.type == "cpu" and label.numel() > 0  # labels on an accelerator are not read back for this
+        least, most = (int(label.min()), int(label.max())) if read else (0, 0)
+        given: int | Tensor = label
+    else:
+        value = label.item() if isinstance(label, Tensor) else label
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"expected a label as a whole number or an int64 tensor (batch,), got {label!r}")
+        given = least = most = int(value)
+    if not 0 <= least <= most <= classes:
+        got = f"{least}" if least == most else f"labels from {least} to {most}"
+        raise ValueError(f"expected labels 0 to {classes - 1}, or {classes} for none, got {got}")
+    return given
 
 
 def _parameters(net: Callable[..., Any]) -> tuple[str, ...] | None:

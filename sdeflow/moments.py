@@ -14,6 +14,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from sdeflow.checked import checked
 from sdeflow.sde import SDE
 from sdeflow.structure import Structure, coefficients, exponents, fitted, monomials, probe_points
 
@@ -21,6 +22,7 @@ Monomial = tuple[int, ...]
 """The sorted variables of a product: (0, 0, 1) is x_0^2 x_1."""
 
 
+@checked
 def moments(
     sde: SDE, x0: Tensor, t: float, *, s: float | None = None, degree: int = 2, structure: Structure | None = None
 ) -> tuple[list[Monomial], Tensor]:
@@ -38,6 +40,8 @@ def moments(
     Raises:
         ValueError: the process is not polynomial, or t < s.
     """
+    if not 0 <= degree <= 100:
+        raise ValueError(f"expected a degree from 0 to 100, got {degree}")
     start = sde.t0 if s is None else float(s)
     if t < start:
         raise ValueError(f"expected s <= t, got s = {start:g} and t = {t:g}")

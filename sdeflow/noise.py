@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked_class
+
 if TYPE_CHECKING:
     from sdeflow.bridge import Walk
 
@@ -155,6 +157,7 @@ def fresh_seed() -> int:
     return int(torch.randint(0, 2**62, ()))
 
 
+@checked_class
 class Noise:
     """Standard normals of a batch of samples, each a function of (seed, sample index, stream, node).
 
@@ -331,11 +334,15 @@ class Seeded(NoiseSource):
         return Noise(self.seed, batch, index=index, device=device)
 
 
+@checked_class
 @dataclass(frozen=True)
 class SamePath(NoiseSource):
     """One Brownian path a sample, whatever the grid and the solver: that of `BrownianPath` on the solve's span.
 
     Costs up to 40 splits a step where times are no fractions of the span by a power of 2; see docs/noise.md.
+
+    Args:
+        seed: an integer of 64 bits; with the index of a sample it names the path.
     """
 
     seed: int
@@ -344,11 +351,13 @@ class SamePath(NoiseSource):
         return Noise(self.seed, batch, index=index, device=device, one_path=True)
 
 
+@checked_class
 @dataclass(frozen=True)
 class Antithetic(NoiseSource):
     """Samples of index 2j and 2j + 1 see opposite numbers: the path, and every other draw of the solve.
 
     Args:
+        seed: an integer of 64 bits.
         same_path: as `SamePath`, else as a seed.
     """
 
@@ -370,6 +379,10 @@ def checked_seed(seed: object) -> int:
 
 def checked_index(index: int | Tensor | None, batch: int) -> Tensor:
     """One index a sample, int64 (batch,)."""
+    if not 1 <= batch < 1 << 40:
+        raise ValueError(f"expected at least one sample, and fewer than 2^40, got {batch}")
+    if isinstance(index, int) and not -(1 << 63) <= index < (1 << 63) - batch:
+        raise ValueError(f"expected an index of 64 bits, got {index}")
     if index is None or (isinstance(index, int) and not isinstance(index, bool)):
         return torch.arange(batch) + (index or 0)
     if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool:

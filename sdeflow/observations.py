@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdeflow.checked import checked_class, numbers
 from sdeflow.times import as_time
 
 Map = Callable[[Tensor], Tensor]
 
 
+@checked_class
 @dataclass(frozen=True, eq=False)
 class LinearObservation:
     """y = A x + noise_std n, A linear and given by functions of batches.
@@ -58,7 +60,7 @@ class LinearObservation:
         Raises:
             ValueError: not a finite matrix, or another number of components.
         """
-        matrix = torch.as_tensor(matrix, dtype=torch.float64)
+        matrix = numbers(matrix, "matrix")
         if matrix.ndim != 2 or not bool(torch.isfinite(matrix).all()):
             raise ValueError(f"expected a finite matrix (m, D), got shape {tuple(matrix.shape)}")
         shape = (matrix.shape[1],) if event is None else tuple(event)
@@ -134,7 +136,7 @@ class LinearObservation:
         Raises:
             ValueError: not a finite kernel of odd sides; at a call, images smaller than it.
         """
-        kernel = torch.as_tensor(kernel, dtype=torch.float64)
+        kernel = numbers(kernel, "kernel")
         if kernel.ndim != 2 or not all(n % 2 for n in kernel.shape) or not bool(torch.isfinite(kernel).all()):
             raise ValueError(f"expected a finite kernel with two odd sides, got shape {tuple(kernel.shape)}")
 

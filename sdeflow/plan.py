@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sdeflow.files import write_atomically
 from sdeflow.noise import Noise
 from sdeflow.plan_run import PlanRun
 from sdeflow.quadrature import gauss_legendre
@@ -190,10 +191,7 @@ class Plan(LinearSolver):
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, atomically."""
         record = {"format": _FORMAT, **{f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps(record, indent=1))
-        partial.replace(target)
+        write_atomically(path, json.dumps(record, indent=1).encode())
 
     @staticmethod
     def load(path: str | Path) -> Plan:
@@ -204,7 +202,7 @@ class Plan(LinearSolver):
         """
         try:
             record = json.loads(Path(path).read_text())
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: expected a plan saved as JSON, got {error}") from error
         if not isinstance(record, dict) or record.pop("format", None) != _FORMAT:
             raise ValueError(f"{path}: expected a file of format {_FORMAT!r}")
@@ -212,12 +210,18 @@ class Plan(LinearSolver):
         record.setdefault("note", None)  # plans of the first releases have none
         if set(record) != names:
             raise ValueError(f"{path}: expected the fields {sorted(names)}, got {sorted(record)}")
+        for name in ("name", "target", "noise_kind", "view"):
+            if not isinstance(record[name], str):
+                raise ValueError(f"{path}: expected {name} as text, got {type(record[name]).__name__}")
+        for name in ("grid", "times", "step_of_row", "ratio", "weights", "noise"):
+            if not isinstance(record[name], list):
+                raise ValueError(f"{path}: expected {name} as a list of numbers, got {type(record[name]).__name__}")
         try:
             tables = {
                 name: None if record[name] is None else torch.tensor(record[name], dtype=dtype)
                 for name, dtype in _TABLES.items()
             }
-        except (TypeError, ValueError) as error:
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: expected tables of numbers: {error}") from error
         return Plan(**{**record, **tables})
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked, checked_class, numbers
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.linear import LinearSDE
 from sdeflow.matrix_kernel import factor_of, inverse_factor, multiply
@@ -94,6 +95,7 @@ def _rows(level: Tensor) -> Tensor:
     return level.reshape(-1, level.shape[-1])
 
 
+@checked_class
 class GaussianMixture(Distribution):
     """A mixture sum_k w_k N(m_k, C_k) in any dimension.
 
@@ -109,14 +111,14 @@ class GaussianMixture(Distribution):
     """
 
     def __init__(self, means: Any, covariances: Any, weights: Any = None) -> None:
-        means = torch.as_tensor(means, dtype=torch.float64)
+        means = numbers(means, "means")
         if means.ndim < 2:
             raise ValueError(f"expected means of shape (K, *event), got {tuple(means.shape)}")
         self.event = tuple(means.shape[1:])
         self.means = means.flatten(1)
         k, d = self.means.shape
         self.weights = _weights(weights, k)
-        self.variances, self.axes = _eigen(torch.as_tensor(covariances, dtype=torch.float64), k, d)
+        self.variances, self.axes = _eigen(numbers(covariances, "covariances"), k, d)
         self._rotated = self.means if self.axes is None else (self.means.unsqueeze(1) @ self.axes).squeeze(1)
         self._cast: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
@@ -278,6 +280,7 @@ class _LinearLaw:
         return -(share * pull).sum(1)[: len(x)].reshape(x.shape).to(x.dtype)
 
 
+@checked_class
 class Gaussian(GaussianMixture):
     """A Gaussian N(mean, C): the one problem whose flow and reverse SDE are affine maps.
 
@@ -287,11 +290,12 @@ class Gaussian(GaussianMixture):
     """
 
     def __init__(self, mean: Any, covariance: Any) -> None:
-        mean = torch.as_tensor(mean, dtype=torch.float64)
-        covariance = torch.as_tensor(covariance, dtype=torch.float64)
+        mean = numbers(mean, "mean")
+        covariance = numbers(covariance, "covariance")
         super().__init__(torch.atleast_1d(mean)[None], covariance[None])
 
 
+@checked_class
 class Empirical(Distribution):
     """Data points blurred by N(0, bandwidth^2 I): the exact score of a training set.
 
@@ -306,7 +310,7 @@ class Empirical(Distribution):
     _block = 16  # only matrix products and reductions along rows
 
     def __init__(self, data: Any, bandwidth: float = 0.0) -> None:
-        data = torch.as_tensor(data, dtype=torch.float64)
+        data = numbers(data, "data")
         if data.ndim < 2 or data.shape[0] < 1:
             raise ValueError(f"expected data of shape (N, *event), got {tuple(data.shape)}")
         if not bool(torch.isfinite(data).all()):
@@ -351,14 +355,18 @@ class Empirical(Distribution):
         return (pull - sigma * mean).to(x.dtype)
 
 
+@checked
 def EightGaussians(radius: float = 2.0, std: float = 0.15) -> GaussianMixture:
     """Eight equal Gaussians on a circle in the plane."""
     angle = 2 * math.pi * torch.arange(8, dtype=torch.float64) / 8
     return GaussianMixture(radius * torch.stack([angle.cos(), angle.sin()], dim=1), std**2)
 
 
+@checked
 def TwoMoons(std: float = 0.1, components: int = 16) -> GaussianMixture:
     """Two interleaved half circles of radius 1 in the plane, each a chain of Gaussians."""
+    if components < 1:
+        raise ValueError(f"expected components >= 1, got {components}")
     angle = math.pi * (torch.arange(components, dtype=torch.float64) + 0.5) / components
     upper = torch.stack([angle.cos(), angle.sin()], dim=1)
     lower = torch.stack([1 - angle.cos(), 0.5 - angle.sin()], dim=1)
@@ -366,7 +374,7 @@ def TwoMoons(std: float = 0.1, components: int = 16) -> GaussianMixture:
 
 
 def _weights(weights: Any, k: int) -> Tensor:
-    weights = torch.ones(k, dtype=torch.float64) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
+    weights = torch.ones(k, dtype=torch.float64) if weights is None else numbers(weights, "weights")
     if weights.shape != (k,) or not bool((weights > 0).all() and torch.isfinite(weights).all()):
         raise ValueError(f"expected {k} positive weights, got {weights.tolist()}")
     return weights / weights.sum()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sdeflow import grids
+from sdeflow.checked import checked_class, described, number, numbers
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.times import Time, as_time
 
@@ -27,6 +28,8 @@ def _store(process: object, **values: float) -> None:
 
 def _positive(**values: float) -> None:
     for name, value in values.items():
+        if not number(value):
+            raise ValueError(f"expected a finite {name} > 0, got {described(value)}")
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"expected a finite {name} > 0, got {value!r}")
 
@@ -42,10 +45,12 @@ class _ByLogAlpha(GaussianSDE):
     """What the processes that are given by log alpha share: f = -beta/2 with beta = -2 (log alpha)'."""
 
     @abstractmethod
-    def log_alpha(self, t: Tensor) -> Tensor: ...
+    def log_alpha(self, t: Tensor) -> Tensor:
+        """log alpha at times t, falling from 0 at t = 0."""
 
     @abstractmethod
-    def beta(self, t: Tensor) -> Tensor: ...
+    def beta(self, t: Tensor) -> Tensor:
+        """The rate beta = -2 d(log alpha)/dt at times t."""
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.exp(self.log_alpha(t))
@@ -63,7 +68,8 @@ class _VariancePreserving(_ByLogAlpha):
     """sigma^2 = 1 - alpha^2, g^2 = beta."""
 
     @abstractmethod
-    def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor: ...
+    def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
+        """The time at which log alpha has that value."""
 
     def sigma(self, t: Tensor) -> Tensor:
         return torch.sqrt(-torch.expm1(2 * self.log_alpha(t)))
@@ -107,6 +113,7 @@ class _LinearBeta:
         return -2 * log_alpha / (b + root)
 
 
+@checked_class
 @dataclass(frozen=True)
 class VP(_LinearBeta, _VariancePreserving):
     """Variance preserving: f = -beta/2, g = sqrt(beta), beta linear from beta_min to beta_max on [0, 1].
@@ -118,11 +125,12 @@ class VP(_LinearBeta, _VariancePreserving):
     t_min = 1e-3
 
 
+@checked_class
 @dataclass(frozen=True)
 class SubVP(_LinearBeta, _ByLogAlpha):
     """Sub-VP: the drift and mean of VP with g^2 = beta (1 - alpha^4); its std is 1 - alpha^2, not the root.
 
-    (Song et al. 2021, Score-based generative modeling, equations 13 and 35.) Sampling ends at t = 1e-3.
+    (Song et al. 2021, Score-based generative modeling, equations 12 and 35.) Sampling ends at t = 1e-3.
     """
 
     t_min = 1e-3
@@ -142,6 +150,7 @@ class SubVP(_LinearBeta, _ByLogAlpha):
         return -0.5 * beta * alpha, beta * alpha**2
 
 
+@checked_class
 @dataclass(frozen=True)
 class CosineVP(_VariancePreserving):
     """Cosine schedule: alpha(t) = cos(theta(t))/cos(theta(0)), theta = (pi/2)(t + s)/(1 + s), sigma^2 = 1 - alpha^2.
@@ -182,6 +191,7 @@ class CosineVP(_VariancePreserving):
         return 2 * torch.asin(torch.sqrt(half)) / self._speed - self.s
 
 
+@checked_class
 class DiscreteVP(_VariancePreserving):
     """A DDPM table of N betas, continuous by linear interpolation of log alpha.
 
@@ -271,7 +281,7 @@ class DiscreteVP(_VariancePreserving):
 
 
 def _table(betas: Any) -> Tensor:
-    betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").clone()
+    betas = numbers(betas, "betas").detach().cpu().clone()
     if betas.ndim != 1 or betas.numel() < 2:
         raise ValueError(f"expected a 1-d table of at least 2 betas, got shape {tuple(betas.shape)}")
     if not bool(((betas > 0) & (betas < 1)).all()):
@@ -289,7 +299,7 @@ def rescale_zero_terminal_snr(betas: Any) -> Tensor:
     Args:
         betas: the noise variances, each in (0, 1), as numbers or a 1-d tensor; the last may be 1.
     """
-    betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+    betas = numbers(betas, "betas").detach().cpu()
     if betas.ndim == 1 and betas.numel() > 2 and betas[-1] == 1:
         return torch.cat([_table(betas[:-1]), betas[-1:]])
     alphas = torch.exp(0.5 * torch.log1p(-_table(betas)).cumsum(0))
@@ -313,6 +323,7 @@ class _VarianceExploding(GaussianSDE):
         return grids.karras(self, steps, t_start, t_end)
 
 
+@checked_class
 @dataclass(frozen=True)
 class VE(_VarianceExploding):
     """Variance exploding: sigma(t) = sigma_min (sigma_max/sigma_min)^t on [0, 1], f = 0, g^2 = (sigma^2)'.
@@ -349,6 +360,7 @@ class VE(_VarianceExploding):
         return torch.zeros_like(t), self._rate * self.sigma(t)
 
 
+@checked_class
 @dataclass(frozen=True)
 class EDM(_VarianceExploding):
     """The sigma clock: sigma(t) = t, alpha = 1, f = 0, g = sqrt(2 t) on [0, sigma_max].

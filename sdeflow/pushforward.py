@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked_class
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.sde import SDE
 from sdeflow.times import Time, align
@@ -25,6 +26,7 @@ from sdeflow.times import Time, align
 Map = Callable[[Tensor], Tensor]
 
 
+@checked_class
 class Pushforward(SDE):
     """The SDE of x = phi(y), y from `base`.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from sdeflow import grids
+from sdeflow.checked import checked
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.grids import GridFunction
 from sdeflow.sde import SDE
@@ -34,6 +35,7 @@ class Recommendation:
     why: str
 
 
+@checked
 def recommend(process: SDE, *, nfe: int, stochastic: bool = False) -> Recommendation:
     """The solver and grid that the benchmark found best without tuning, for `nfe` model calls.
 

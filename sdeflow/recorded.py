@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from sdeflow.bridge import Increment, Walk, join
+from sdeflow.checked import checked_class
 from sdeflow.noise import Noise, NoiseSource, checked_seed
 
 
+@checked_class
 class RecordedPath(NoiseSource):
     """A path of your own as the noise of a solve: W at times, and the areas of the intervals for methods that use them.
 

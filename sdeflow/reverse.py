@@ -5,8 +5,8 @@ For dX = f dt + G dW with D = G G^T, score s = grad log p_t and (div D)_i = sum_
     dX = [f - (1 + eta^2)/2 (div D + D s)] dt + eta G dW,     t from t1 down,
 
 has the marginals p_t for every eta (a number or a function of t): eta = 0 is the probability
-flow, eta = 1 the reverse SDE of Anderson (1982); the family is that of Zhang and Chen (2022,
-Diffusion normalizing flow / DEIS, equation 5), with the divergence of Haussmann and Pardoux (1986).
+flow, eta = 1 the reverse SDE of Anderson (1982); the family is that of Zhang and Chen (2023,
+DEIS, section 2), with the divergence of Haussmann and Pardoux (1986).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.calculus import apply_covariance, divergence
+from sdeflow.checked import checked_class
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.kept import Kept, bits, constant
 from sdeflow.model import Model, Row, RowEvaluator, as_model, row_of
@@ -31,6 +32,7 @@ from sdeflow.variables import VARIABLES
 Eta = float | Callable[[Tensor], Any]
 
 
+@checked_class
 class ReverseSDE(SDE):
     """`process` reversed in time, its score given by `model`, with stochasticity `eta`.
 
@@ -128,7 +130,7 @@ class ReverseSDE(SDE):
             eps: ratio = a1/a0,                amp = (1 + eta^2) s1,  c = -1,
                  std = eta a1 sqrt(exp(-2 lam0) - exp(-2 lam1))
 
-        (Xue et al. 2023, SA-Solver, proposition 4.2; Lu et al. 2022, DPM-Solver++, equation 8, for eta = 0.)
+        (Xue et al. 2023, SA-Solver, section 4; Lu et al. 2022, DPM-Solver++, equation 8, for eta = 0.)
         A function eta is held at its root mean square over the step, which keeps the marginals exact.
         """
         process, eta2 = self.gaussian, self.mean_eta2(t0, t1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from sdeflow.model import Model
 
 _KEY = "sdeflow-run"
 _FORMAT = 1
+_OPEN = ("losses", "norms")
+_LONGEST = 100_000_000
+"""Bytes of a header: what safetensors itself accepts."""
 
 
 def fingerprint(model: Model, data: Tensor, labels: Tensor | None, **arguments: Any) -> dict[str, Any]:
@@ -62,13 +67,22 @@ class RunState:
         self._net, self._average, self._optimiser = net, average, optimiser
         self._made_of, self._path = made_of, path
 
-    def write(self, step: int, history: list[dict[str, float]]) -> None:
-        """Keep the state after `step`, whole or not at all."""
+    def write(
+        self, step: int, history: list[dict[str, float]], losses: Sequence[Tensor] = (), norms: Sequence[Tensor] = ()
+    ) -> None:
+        """Keep the state after `step`, whole or not at all.
+
+        Args:
+            losses, norms: of the steps since the last row of the history, for the row that they will be in.
+        """
         assert self._path is not None
         tensors = {f"net.{name}": value for name, value in self._net.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in self._average.state_dict().items()}
         moments = self._optimiser.state_dict()["state"]
         tensors |= {f"optimiser.{k}.{name}": value for k, own in moments.items() for name, value in own.items()}
+        tensors |= {
+            f"open.{name}": torch.stack(list(own)) for name, own in zip(_OPEN, (losses, norms), strict=True) if own
+        }
         tensors["random"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["random.cuda"] = torch.cuda.get_rng_state()
@@ -76,8 +90,11 @@ class RunState:
         header = {"format": _FORMAT, "step": step, "history": history, "made_of": self._made_of}
         write_atomically(self._path, safetensors.torch.save(tensors, {_KEY: json.dumps(header)}))
 
-    def resume(self, history: list[dict[str, float]]) -> int:
+    def resume(self, history: list[dict[str, float]], losses: list[Tensor], norms: list[Tensor]) -> int:
         """Take up the state of the file, if there is one: the step it was kept after (0 for none).
+
+        Args:
+            history, losses, norms: empty lists, filled with what `write` was given.
 
         Raises:
             ValueError: the file is no such state, or one of another run.
@@ -92,7 +109,7 @@ class RunState:
                 "start anew, or give the arguments it was made with"
             )
         device = next(self._net.parameters()).device
-        groups: dict[str, dict[str, Tensor]] = {"net": {}, "average": {}, "optimiser": {}}
+        groups: dict[str, dict[str, Tensor]] = {"net": {}, "average": {}, "optimiser": {}, "open": {}}
         for name, value in tensors.items():
             group, _, rest = name.partition(".")
             if group in groups:
@@ -108,6 +125,8 @@ class RunState:
         if device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"])
         history += header["history"]
+        for name, own in zip(_OPEN, (losses, norms), strict=True):
+            own += groups["open"].get(name, torch.empty(0)).to(device).unbind()
         return int(header["step"])
 
     def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -117,11 +136,38 @@ class RunState:
             tensors = safetensors.torch.load(data)
         except SafetensorError as error:
             raise ValueError(f"{self._path}: not a safetensors file ({error})") from error
+        return _header(self._path, data), tensors
+
+
+def steps_kept(path: Path) -> int:
+    """The step that the state in a file was kept after; 0 if there is no file.
+
+    Raises:
+        ValueError: the file is no such state.
+    """
+    if not path.is_file():
+        return 0
+    with open(path, "rb") as file:
+        size = file.read(8)
+        start = size + file.read(min(int.from_bytes(size, "little"), _LONGEST))
+    return int(_header(path, start)["step"])
+
+
+def _header(path: Path, data: bytes) -> dict[str, Any]:
+    """What the beginning of a safetensors file says of the run."""
+    try:
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-        try:
-            header = json.loads(metadata.get(_KEY, "null"))
-        except ValueError as error:
-            raise ValueError(f"{self._path}: its header is not JSON ({error})") from error
-        if not isinstance(header, dict) or header.get("format") != _FORMAT or "made_of" not in header:
-            raise ValueError(f"{self._path}: not the state of a training run")
-        return header, tensors
+        header = json.loads(metadata.get(_KEY, "null"))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its header is not JSON ({error})") from error
+    if not isinstance(header, dict) or header.get("format") != _FORMAT or not {"made_of", "step"} <= header.keys():
+        raise ValueError(f"{path}: not the state of a training run")
+    return header
+
+
+def remove_unfinished(*paths: Path) -> None:
+    """Remove what `write_atomically` leaves of these files where the process was killed while it wrote."""
+    for path in paths:
+        for part in path.parent.iterdir():
+            if part.name.startswith(path.name) and re.fullmatch(r"\.\d+\.part", part.name[len(path.name) :]):
+                part.unlink(missing_ok=True)

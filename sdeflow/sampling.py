@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model
 from sdeflow.plan import Plan
@@ -20,6 +21,7 @@ from sdeflow.solvers.base import Solver
 from sdeflow.solvers.gaussian_split import GaussianSplit
 
 
+@checked
 def sample(
     model: Model,
     num: int,

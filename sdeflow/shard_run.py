@@ -31,6 +31,8 @@ Compute = Callable[[int, int], Solution]
 """`compute(first, count)`: the samples of indices [first, first + count), failed ones with their status."""
 
 _SHARD_BYTES = 32 << 20
+_SHARDS = 1000
+"""Shards of a run, where memory allows fewer: an interruption costs what workers were at."""
 _RUNTIME_BYTES = 512 << 20
 """What a process with torch takes before it does anything."""
 _SAVE_SECONDS = 5.0
@@ -229,10 +231,10 @@ def run_shards(
 
 
 def shard_size(num: int, block: int, workers: int, sample_bytes: int) -> int:
-    """Samples a shard: up to 32 MiB of them, but four shards a worker, and whole blocks."""
+    """Samples a shard: up to 32 MiB of them, but a thousand shards, four a worker, and whole blocks."""
     by_memory = _SHARD_BYTES // max(1, sample_bytes)
-    by_workers = math.ceil(num / (4 * workers))
-    return max(1, min(by_memory, by_workers) // block) * block
+    by_number = math.ceil(num / max(_SHARDS, 4 * workers))
+    return max(1, min(by_memory, by_number) // block) * block
 
 
 def _columns(solution: Solution) -> dict[str, Tensor]:

@@ -10,7 +10,14 @@ from torch import Tensor
 
 
 class Status(IntEnum):
-    """How one sample ended."""
+    """How one sample ended.
+
+    Attributes:
+        FINISHED: at the end of its span.
+        NON_FINITE: a state, a drift or a model's answer was not finite.
+        STEP_UNDERFLOW: the tolerance asked for steps below the resolution of time.
+        STEP_LIMIT: it took as many steps as it was allowed.
+    """
 
     FINISHED = 0
     NON_FINITE = 1

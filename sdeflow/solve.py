@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.captured import Captured
+from sdeflow.checked import checked
 from sdeflow.control import Adaptive, FixedGrid
 from sdeflow.control_sde import AdaptivePath
 from sdeflow.gradients import Gradient, Record, check_gradient, new_record
@@ -33,6 +34,7 @@ from sdeflow.solvers.runge_kutta import for_tolerance
 from sdeflow.solvers.stochastic import StochasticSolver
 
 
+@checked
 def solve(
     problem: Problem,
     x: Tensor,
@@ -128,6 +130,7 @@ def solve(
     return solution
 
 
+@checked
 def iterate(
     problem: Problem,
     x: Tensor,

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdeflow.checked import described, number, numbers, tensor
+from sdeflow.grids.shared import MOST_STEPS
 from sdeflow.kept import Kept
 from sdeflow.noise import NoiseSource
 from sdeflow.plan import Plan
@@ -30,6 +32,8 @@ def check_types(problem: object, x: object, solver: object) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"expected x as a floating-point tensor, got {got}")
+    if not tensor(x):
+        raise TypeError(f"expected x as a dense tensor with values, got {described(x)} ({x.layout})")
     if x.ndim < 1 or x.shape[0] < 1 or x.numel() == 0:
         raise ValueError(f"expected x of shape (batch, *event) with at least one sample, got {tuple(x.shape)}")
     finite = torch.isfinite(x.detach())
@@ -55,7 +59,11 @@ def checked_span(problem: Problem, t_span: tuple[float, float] | None) -> tuple[
     """(start, end), the problem's own unless given."""
     if t_span is None:
         return problem.span
-    if len(t_span) != 2:
+    try:
+        whole = len(t_span) == 2 and all(number(t) or isinstance(t, float) for t in t_span)
+    except TypeError:
+        whole = False
+    if not whole:
         raise ValueError(f"expected t_span as (start, end), got {t_span!r}")
     start, end = (float(t) for t in t_span)
     if not (problem.t0 <= min(start, end) < max(start, end) <= problem.t1) or problem.stochastic:
@@ -97,8 +105,8 @@ def grid_of(
     if steps is not None:
         if isinstance(steps, bool) or not isinstance(steps, int):
             raise TypeError(f"expected an integer number of steps, got {steps!r}")
-        if steps < 1:
-            raise ValueError(f"expected steps >= 1, got {steps}")
+        if not 1 <= steps <= MOST_STEPS:
+            raise ValueError(f"expected steps >= 1, got {steps} (at most {MOST_STEPS})")
     if grid is None or callable(grid):
         if steps is None:
             raise ValueError("expected steps=, grid=, or (for an adaptive solver) rtol= and atol=")
@@ -110,13 +118,15 @@ def grid_of(
     else:
         if t_span is not None:
             raise ValueError("expected a grid of times or t_span, not both")
-        ts = grid if isinstance(grid, Tensor) else torch.tensor(grid, dtype=torch.float64)
+        ts = grid if isinstance(grid, Tensor) else numbers(grid, "grid")
         if ts.is_complex() or ts.dtype == torch.bool:
             raise TypeError(f"expected real times in grid, got {ts.dtype}")
     return _checked_grid(problem, ts, steps)
 
 
 def _checked_grid(problem: Problem, ts: Tensor, steps: int | None) -> Tensor:
+    if not tensor(ts):
+        raise TypeError(f"expected a grid of times, got {described(ts)}")
     ts = ts.detach().to(device="cpu", dtype=torch.float64)
     if ts.ndim != 1 or ts.numel() < 2:
         raise ValueError(f"expected grid as times of shape (steps + 1,), got shape {tuple(ts.shape)}")
@@ -135,7 +145,7 @@ def save_points(save: Save, ts: Tensor) -> list[int]:
         return []
     if save is True:
         return list(range(ts.numel()))
-    wanted = torch.as_tensor(save, dtype=torch.float64).reshape(-1)
+    wanted = numbers(save, "save").reshape(-1)
     points = []
     for t in wanted.tolist():
         nearest = int((ts - t).abs().argmin())
@@ -156,7 +166,7 @@ def save_times(save: Save, span: tuple[float, float], device: torch.device) -> T
         return None
     if save is True:
         raise ValueError("steps are per sample under error control: expected times in save, got True")
-    ts = torch.as_tensor(save, dtype=torch.float64).reshape(-1)
+    ts = numbers(save, "save").reshape(-1)
     low, high = min(span), max(span)
     if not bool(((ts >= low) & (ts <= high)).all()):
         raise ValueError(f"expected save times in [{low:g}, {high:g}], got {_shown(ts)}")

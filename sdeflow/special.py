@@ -17,6 +17,7 @@ import torch
 from scipy import special
 from torch import Tensor
 
+from sdeflow.checked import checked_class
 from sdeflow.known import angle_between, log_wrapped_normal, rotated
 from sdeflow.known_base import Draws, KernelSDE, from_numpy, positive
 from sdeflow.special_functions import (
@@ -71,6 +72,7 @@ class SquareRoot(KernelSDE):
         return from_numpy(special.gammaincinv(self._shape + n, draws.uniform(self.dim).numpy())) / c
 
 
+@checked_class
 class CIR(SquareRoot):
     """The square-root process of Cox, Ingersoll and Ross (1985, A theory of the term structure of interest rates):
 
@@ -124,6 +126,7 @@ class CIR(SquareRoot):
         return from_numpy(gamma) * self.sigma**2 / (2 * self.kappa)
 
 
+@checked_class
 class SquaredBessel(SquareRoot):
     """The squared Bessel process of dimension delta, |W|^2 of a Brownian motion for integer delta:
 
@@ -164,6 +167,7 @@ _LEAST_TIME = 0.01
 """Below this the ancestral process of the Jacobi kernel has hundreds of lineages: no longer a fast closed form."""
 
 
+@checked_class
 class Jacobi(KernelSDE):
     """The Jacobi process, the Wright-Fisher diffusion with mutation rates a and b, on [0, 1] in each coordinate:
 
@@ -267,6 +271,7 @@ class Jacobi(KernelSDE):
         return from_numpy(special.betaincinv(self.a, self.b, draws.uniform(self.dim).numpy()))
 
 
+@checked_class
 class Sphere(KernelSDE):
     """Brownian motion on the unit sphere of R^dim, dim 2 or 3, by projection, a Stratonovich equation:
 

@@ -17,8 +17,15 @@ def as_time(t: Time | Sequence[float]) -> Tensor:
     A 0-d tensor never promotes the dtype or moves the device of the state it multiplies.
     """
     if isinstance(t, Tensor):
-        return t if t.dtype == torch.float64 else t.to(torch.float64)
-    return torch.tensor(t, dtype=torch.float64)
+        if t.dtype == torch.float64:
+            return t
+        if t.is_complex():
+            raise TypeError(f"expected real times, got {t.dtype}")
+        return t.to(torch.float64)
+    try:
+        return torch.tensor(t, dtype=torch.float64)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"expected a time: a number or numbers, got {t!r:.60}") from error
 
 
 def align(t: Time, x: Tensor) -> Tensor:
@@ -30,6 +37,8 @@ def align(t: Time, x: Tensor) -> Tensor:
         ValueError: the shape of `t` fits neither one time for all nor one a sample.
     """
     t = as_time(t)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a state as a tensor (batch, *event), got {type(x).__name__}")
     if t.ndim == 0 or (t.ndim == x.ndim and t.ndim > 1):
         return t
     if t.numel() == 1:

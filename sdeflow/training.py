@@ -82,6 +82,7 @@ def train(
     save_every: int = 500,
     log_every: int = 50,
     on_row: Callable[[list[dict[str, float]]], None] | None = None,
+    stop: Callable[[], bool] | None = None,
     progress: bool = False,
 ) -> tuple[Model, list[dict[str, float]]]:
     """Train a copy of `model` on `data`; the same arguments give the same weights on one machine.
@@ -112,6 +113,8 @@ def train(
             have been told is not in the file.
         log_every: steps that a row of the history averages.
         on_row: called with the history so far after each new row.
+        stop: asked after each step but the last; if it says so, in any of the processes, the run ends there, with its
+            state in `save`, if that is given.
         progress: show a progress bar (needs tqdm).
 
     Returns:
@@ -121,6 +124,7 @@ def train(
     Raises:
         TypeError, ValueError: arguments that do not fit.
         FloatingPointError: the loss became infinite or NaN.
+        KeyboardInterrupt: `stop` said so.
     """
     if not isinstance(model, Model) or not isinstance(model.net, nn.Module):
         raise TypeError(f"expected a Model of an nn.Module, got {model!r}")
@@ -144,13 +148,14 @@ def train(
     made_of = fingerprint(
         model, data, labels, steps=steps, batch=batch, lr=lr, weight_decay=weight_decay, ema=ema, clip=clip, seed=seed,
         label_dropout=label_dropout, precision=precision, log_every=log_every, ranks=ranks.count,
+        device=data.device.type,
     )  # fmt: skip
     state = RunState(net, average, optimiser, made_of, None if save is None else ranks.own_file(Path(save)))
     history: list[dict[str, float]] = []
     values: list[Tensor] = []
     norms: list[Tensor] = []
     with _seeded(seed + 7919 * ranks.rank, data.device):
-        done = state.resume(history)
+        done = state.resume(history, values, norms)
         bar = _counted(steps, progress and ranks.rank == 0, done)
         try:
             for k in bar:
@@ -176,6 +181,10 @@ def train(
                         bar.set_postfix(loss=f"{row['loss']:.4f}")
                     if save is not None and k % save_every == 0:
                         state.write(k, history)
+                if stop is not None and k < steps and ranks.any(stop()):
+                    if save is not None:
+                        state.write(k, history, values, norms)
+                    raise KeyboardInterrupt(f"stopped after step {k}")
         finally:
             ranks.close()
     return _with_net(model, average.module.eval().requires_grad_(False)), history
@@ -247,6 +256,13 @@ class _Ranks:
         if self._accelerator is None:
             return value
         return float(self._accelerator.reduce(torch.tensor(value), reduction="mean"))
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in one of the processes: they must stop after the same step."""
+        if self._accelerator is None:
+            return flag
+        own = torch.tensor(float(flag), device=self._accelerator.device)
+        return bool(self._accelerator.reduce(own, reduction="sum") > 0)
 
     def own_file(self, path: Path) -> Path:
         """Where this process keeps its state: the random numbers are its own."""

@@ -221,8 +221,9 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sdeflow.training, "_step_loss", interrupted)
     broken = _run("train", *words, "--out", tmp_path / "broken")
-    assert broken.exit_code == 1
-    assert "give the same command to go on" in broken.output
+    assert broken.exit_code == 130
+    assert "the state after step 100 is in" in broken.output
+    assert "; to go on: sdeflow train moons --steps 150 " in broken.output
     again = _run("train", *words, "--out", tmp_path / "broken")
     assert again.exit_code == 0, again.output
     assert len(seen) == 120 + 50  # from step 100, which was kept

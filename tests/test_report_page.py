@@ -187,12 +187,13 @@ def test_every_control_is_native_and_has_a_label(of_small):
     elements = Elements(page)
     controls = [(t, a) for t, a in elements.tags if t in ("input", "select")]
     assert all(control in elements.labelled for control in controls)
-    assert {a["type"] for t, a in controls if t == "input"} == {"checkbox"}
-    values = {n: {a["value"] for t, a in controls if t == "input" and a["name"] == n} for n in ("solver", "grid")}
+    assert {a["type"] for t, a in controls if t == "input"} <= {"checkbox", "search"}
+    boxes = [a for _, a in controls if a.get("type") == "checkbox"]
+    values = {n: {a["value"] for a in boxes if a["name"] == n} for n in ("solver", "grid")}
     assert values["solver"] == {r.solver for r in results}
     assert values["grid"] == {r.grid for r in results} - {"adaptive"}
     names = {a["name"] for t, a in controls if t == "select"}
-    assert names == {"lines", "measure", "x", "y", "focus", "nfe"}
+    assert names == {"lines", "measure", "x", "y", "focus", "theme", "nfe"}
     assert all("tabindex" not in a for _, a in elements.tags)
     ids = [a["id"] for _, a in elements.tags if "id" in a]
     assert len(ids) == len(set(ids))
@@ -241,7 +242,7 @@ def test_what_is_shown_is_in_the_address(of_small):
     script = of_small[1].rsplit("<script>", 1)[1]
     for part in ("location.hash", "history.replaceState", '"hashchange"', "URLSearchParams"):
         assert part in script
-    for name in ("problem", "grid", "solver", "lines", "measure", "x", "y", "focus", "nfe"):
+    for name in ("problem", "grid", "run", "solver", "lines", "measure", "x", "y", "focus", "nfe", "theme"):
         assert f'"{name}"' in script
 
 
@@ -284,7 +285,7 @@ def test_the_dark_and_paper_have_rules(of_small):
 
 def test_the_ranking_of_each_budget(of_small):
     results, page = of_small
-    podiums = re.findall(r'class="podium">(.*?)</table>', page, re.DOTALL)
+    podiums = re.findall(r'class="podium"[^>]*>(.*?)</table>', page, re.DOTALL)
     for part, podium in zip(tables.by_problem(results), podiums, strict=True):
         best = tables.best_of_grids(part)
         rows = re.findall(r"<tr><th scope=\"row\">\d</th>(.*?)</tr>", podium, re.DOTALL)
@@ -294,7 +295,7 @@ def test_the_ranking_of_each_budget(of_small):
 
 
 def test_every_cell_of_the_ranking_knows_its_place(of_small):
-    first = re.search(r'class="ranking">(.*?)</table>', of_small[1], re.DOTALL).group(1)
+    first = re.search(r'class="ranking"[^>]*>(.*?)</table>', of_small[1], re.DOTALL).group(1)
     assert len(re.findall(r"<tr data-solver=", first)) == 3
     assert sorted(re.findall(r'data-rank="(\d)"', first)) == ["1", "1", "2", "2", "3", "3"]
 

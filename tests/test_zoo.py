@@ -155,6 +155,24 @@ def test_unipc(order, variant):
     agree(run(UniPC(order, variant)), unipc(order, variant))
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("prediction", ["x0", "eps"])
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
+def test_two_point_rows_are_of_order_two_with_noise_too(variant, prediction, eta):
+    """The weight of the older evaluation goes to the exact one as h does: halved distance for halved steps."""
+    problem, vp = MODEL.sde.reverse(MODEL, eta), MODEL.sde
+    gaps = []
+    for steps in (50, 100, 200):
+        grid = vp.time_of_lam(torch.linspace(-1, 1, steps + 1, dtype=F64))
+        weight, exact = (
+            UniPC(2, variant=v, prediction=prediction, corrector=False).plan(problem, grid).weights[steps // 2, 1]
+            for v in (variant, "exact")
+        )
+        gaps.append(abs(float(weight / exact) - 1))
+    assert gaps[0] / gaps[1] == pytest.approx(2, rel=0.05)
+    assert gaps[1] / gaps[2] == pytest.approx(2, rel=0.05)
+
+
 def test_edm_heun():
     """(Karras et al. 2022, algorithm 1) in x/alpha on sigma/alpha."""
     ts, x = GRID.tolist(), X

@@ -22,16 +22,21 @@ from sdeflow.reverse import ReverseSDE
 from sdeflow.solution import Solution
 from sdeflow.solve import solve
 
+_CPU = torch.device("cpu")
+_WIDEST = (torch.float64, torch.float32)
+
 
 class Timed:
     """A network that adds up the time spent in it."""
 
-    def __init__(self, net: Callable[..., Tensor]) -> None:
-        self.net, self.seconds = net, 0.0
+    def __init__(self, net: Callable[..., Tensor], device: torch.device = _CPU) -> None:
+        self.net, self.seconds, self._device = net, 0.0, device
 
     def __call__(self, *args: Any, **conditions: Any) -> Tensor:
+        _wait(self._device)
         start = time.perf_counter()
         value = self.net(*args, **conditions)
+        _wait(self._device)
         self.seconds += time.perf_counter() - start
         return value
 
@@ -39,17 +44,23 @@ class Timed:
 class Case:
     """A problem, ready for any method.
 
+    Args:
+        dtype: of network and states; the widest that works unless given.
+        device: of them. References, targets and comparisons are on the CPU.
+
     Raises:
         RuntimeError: the network fails when it is called once.
     """
 
-    def __init__(self, problem: Problem, seed: int) -> None:
-        self.problem, self.seed = problem, seed
-        self._model, self.dtype = _in_widest_dtype(problem, seed)
-        self._timer = Timed(self._model.net)
+    def __init__(
+        self, problem: Problem, seed: int, dtype: torch.dtype | None = None, device: torch.device = _CPU
+    ) -> None:
+        self.problem, self.seed, self.device = problem, seed, device
+        self._model, self.dtype = _in_dtype(problem, seed, (dtype,) if dtype else _WIDEST, device)
+        self._timer = Timed(self._model.net, device)
         self._model.net = self._timer
         self._reversals: dict[float, ReverseSDE] = {}
-        x = problem.start(problem.samples, seed, self.dtype)
+        x = problem.start(problem.samples, seed, self.dtype).to(device)
         self.threads = _best_threads(lambda: _call(self._model, x))
 
     def reverse(self, eta: float) -> ReverseSDE:
@@ -60,12 +71,12 @@ class Case:
 
     @cached_property
     def reference(self) -> Reference:
-        start = self.problem.start(self.problem.samples, self.seed, self.dtype)
+        start = self.problem.start(self.problem.samples, self.seed, self.dtype).to(self.device)
         return reference_of(self.problem, self.reverse(0.0), start)
 
     @cached_property
     def target(self) -> Target:
-        start = self.problem.start(self.problem.draws, self.seed, self.dtype)
+        start = self.problem.start(self.problem.draws, self.seed, self.dtype).to(self.device)
         return target_of(self.problem, self.reverse(0.0), start, self.seed)
 
     def truth_of(self, method: Method) -> Reference | Target:
@@ -94,6 +105,7 @@ class Case:
             "shape": list(self.problem.shape),
             "default_grid": self.default_grid,
             "threads": self.threads,
+            "device": str(self.device),
             "truth": truth.text,
             "floors": truth.floors,
             "preview": preview.data_uri(truth.x, truth.x),
@@ -122,7 +134,9 @@ class Case:
         except Exception as error:
             text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             return dataclasses.replace(result, status="failed", message=text)
+        _wait(self.device)
         wall, inside = time.perf_counter() - began, self._timer.seconds
+        solution = dataclasses.replace(solution, x=solution.x.cpu(), status=solution.status.cpu())
         failed = truth.failed(solution)
         return dataclasses.replace(
             result,
@@ -144,33 +158,42 @@ def _cost(solution: Solution) -> dict[str, Any]:
     }
 
 
+def _wait(device: torch.device) -> None:
+    """Until the device has done what it was given, so that its time can be taken."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+
+
 def _call(model: Model, x: Tensor) -> None:
     """The network once, in the middle of its time."""
     model(x, 0.5 * (model.sde.t_min + model.sde.t1), model.prediction)
 
 
-def _in_widest_dtype(problem: Problem, seed: int) -> tuple[Model, torch.dtype]:
-    """A copy of the model whose network runs in float64 if it can, else in float32.
+def _in_dtype(
+    problem: Problem, seed: int, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> tuple[Model, torch.dtype]:
+    """A copy of the model whose network runs on the device, in the first of the dtypes that it can.
 
     Solvers' errors fall below the rounding of a float32 network well before 50 calls.
 
     Raises:
-        RuntimeError: the network fails in both.
+        RuntimeError: the network fails in all.
     """
     last: Exception | None = None
-    for dtype in (torch.float64, torch.float32):
+    for dtype in dtypes:
         model = copy.copy(problem.model)
-        x = problem.start(2, seed, dtype)
+        x = problem.start(2, seed, dtype).to(device)
         try:
             if isinstance(model.net, torch.nn.Module):
-                model.net = copy.deepcopy(model.net).to("cpu", dtype).eval()
+                model.net = copy.deepcopy(model.net).to(device, dtype).eval()
             _call(model, x)
         except Exception as error:
             last = error
         else:
             return model, dtype
     raise RuntimeError(
-        f"the network of {problem.name!r} failed on x of shape {tuple(x.shape)}: {type(last).__name__}: {last}"
+        f"the network of {problem.name!r} failed on x of shape {tuple(x.shape)}, {dtype} on {device}: "
+        f"{type(last).__name__}: {last}"
     ) from last
 
 

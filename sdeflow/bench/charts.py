@@ -71,9 +71,10 @@ def frame(results: Sequence[Result]) -> Frame:
     )
 
 
-def marks(solvers: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """The colour and the shape of each solver."""
-    return {s: (COLOURS[i % len(COLOURS)], SHAPES[i % len(SHAPES)]) for i, s in enumerate(dict.fromkeys(solvers))}
+def marks(solvers: Iterable[str], turn: int = 0) -> dict[str, tuple[str, str]]:
+    """The colour and the shape of each solver; the shape is another at another `turn`."""
+    names = enumerate(dict.fromkeys(solvers))
+    return {s: (COLOURS[i % len(COLOURS)], SHAPES[(i + 3 * turn) % len(SHAPES)]) for i, s in names}
 
 
 def default_grid(results: Sequence[Result]) -> str | None:
@@ -100,21 +101,22 @@ def records(results: Iterable[Result]) -> list[dict[str, Any]]:
             "sliced_w2": r.sliced_w2, "low": r.low, "high": r.high, "resolved": r.resolved,
             "wall_ms": None if r.wall_seconds is None else 1000 * r.wall_seconds,
             "model_ms": None if r.model_seconds is None else 1000 * r.model_seconds,
-            "best": id(r) in best or r.budget is None, "preview": r.preview,
+            "best": id(r) in best or r.budget is None, "single": r.steps == 1, "preview": r.preview,
         }
         for r in results
     ]  # fmt: skip
 
 
-def interactive(results: Sequence[Result], solvers: Sequence[str] | None = None) -> dict[str, Any]:
+def interactive(results: Sequence[Result], mark: dict[str, tuple[str, str]] | None = None) -> dict[str, Any]:
     """The specification of a problem's chart in the report; its data come from a source named "runs".
 
     Signals: `grid` ("best", "all" or a name), `measure`, `hidden` (solvers), `without` (grids), `focus`
-    (a solver, or ""). Charts with the same `solvers` give each the same mark.
+    (a solver, or ""). Charts with the same `mark` (the colour and shape of each solver) have one legend.
     """
     alt = need("altair")
     shown = (
-        "(grid == 'all' || datum.grid == grid || datum.grid == 'adaptive' || (grid == 'best' && datum.best))"
+        "(grid == 'all' || datum.grid == grid || indexof(['adaptive', 'its own'], datum.grid) >= 0"
+        " || (grid == 'best' && (datum.best || datum.status != 'ok')))"  # the best grid hides no failure
         " && indexof(hidden, datum.solver) < 0 && indexof(without, datum.grid) < 0"
     )
     line = "datum.solver + (grid == 'best' ? '' : '/' + datum.grid)"
@@ -125,7 +127,7 @@ def interactive(results: Sequence[Result], solvers: Sequence[str] | None = None)
         alt.param(name="without", value=[]),
         alt.param(name="focus", value=""),
     ]
-    layers = _layers(alt, results, shown, line, "datum[measure]", linked=True, solvers=solvers)
+    layers = _layers(alt, results, shown, line, "datum[measure]", linked=True, mark=mark)
     chart = alt.layer(*layers)
     chart = chart.add_params(*parameters).properties(width="container", height=400)
     return _specification(chart.configure_view(stroke=None))
@@ -163,12 +165,12 @@ def _layers(
     value: str,
     *,
     linked: bool,
-    solvers: Sequence[str] | None = None,
+    mark: dict[str, tuple[str, str]] | None = None,
 ) -> list[Any]:
     area, kind = frame(results), results[0].kind
-    mark = marks(solvers or area.solvers)
+    mark = mark or marks(area.solvers)
     low, high = area.errors
-    decades = [10.0**k for k in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
+    marked = _marked(low, high)
     x = alt.X(
         "x:Q", title="model calls a sample",
         scale=alt.Scale(type="log", domain=area.calls, nice=False, clamp=True),
@@ -180,7 +182,7 @@ def _layers(
         return alt.Y(
             f"{field}:Q", title=name,
             scale=alt.Scale(type="log", domain=[low, high], nice=False, clamp=True),
-            axis=alt.Axis(format=".0e", values=decades, grid=True),
+            axis=alt.Axis(format=".0e", values=marked, grid=True),
         )  # fmt: skip
 
     legend = None if linked else alt.Legend(title=None, symbolLimit=0, labelLimit=0)
@@ -239,6 +241,15 @@ def _layers(
     return layers
 
 
+def _marked(low: float, high: float) -> list[float]:
+    """The powers of ten of a logarithmic axis, with 2 and 5 between them where there are few."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    decades = [10.0**k for k in powers if low <= 10.0**k <= high]
+    if len(decades) >= 3:
+        return decades
+    return [v for k in powers for m in (1, 2, 5) if low <= (v := float(f"{m}e{k}")) <= high]
+
+
 def _floor(alt: Any, results: Sequence[Result], area: Frame, name: str, value: str | None) -> list[Any]:
     """The floor as a dashed line with the band up to twice it; at the bottom edge when it is below the axis."""
     about = results[0].about.get("floors") or {}
@@ -262,9 +273,9 @@ def _floor(alt: Any, results: Sequence[Result], area: Frame, name: str, value: s
     return [
         base.mark_rect(opacity=0.13, color="#888").encode(y=alt.Y("bottom:Q", scale=scale, title=name), y2="twice:Q"),
         base.mark_rule(strokeDash=[5, 4], color="#888", strokeWidth=1.2).encode(y=y),
-        # at the bottom, where no line runs into it
-        base.mark_text(align="left", baseline="bottom", dx=5, color="#888", fontSize=11).encode(
-            y=alt.value(alt.ExprRef("height - 5")), x=alt.value(0), text="text:N"
+        # on its line, at the left: few calls have large errors
+        base.mark_text(align="left", baseline="bottom", dx=5, dy=-3, color="#777", fontSize=11).encode(
+            y=y, x=alt.value(0), text="text:N"
         ),
     ]
 

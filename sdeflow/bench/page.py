@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
@@ -12,8 +12,9 @@ from typing import Any
 from sdeflow.bench import charts
 from sdeflow.bench.extras import need
 from sdeflow.bench.figures import vega_lite_version
-from sdeflow.bench.results import Result, put, read
-from sdeflow.bench.tables import Cell, Table, by_problem, initials, order, tables, twins
+from sdeflow.bench.merged import Run, compare, gather, numbered
+from sdeflow.bench.results import Result, put
+from sdeflow.bench.tables import Cell, Table, by_problem, initials, order, short_number, tables, twins
 
 LIMIT = 4_800_000
 """Characters that a page is kept below, by leaving out sample pictures."""
@@ -28,39 +29,39 @@ def report(results: str | Path | Iterable[Result | str | Path], out: str | Path)
     """The report of results, or of JSON lines files of them, as one HTML file. Several runs are compared.
 
     Raises:
-        FileNotFoundError, ValueError: a file that is missing, or no file of results, or no results.
+        FileNotFoundError, ValueError: a file that is missing, given twice, or no file of results; or no results.
         ImportError: the extra "bench" is not installed.
     """
-    items = [results] if isinstance(results, (str, Path)) else list(results)
-    every: list[Result] = []
-    for item in items:
-        every += [item] if isinstance(item, Result) else read(item)
-    if not every:
-        raise ValueError("expected at least one result, got none")
-    put(out, _html(every).encode())
+    put(out, _html([results] if isinstance(results, (str, Path)) else results).encode())
 
 
-def _html(results: Sequence[Result]) -> str:
-    runs = _runs(results)
-    if len(runs) > 1:  # the same method in another run is another curve
-        number = {run["name"]: run["number"] for run in runs}
-        results = [dataclasses.replace(r, solver=f"{r.solver} [{number[r.run]}]") for r in results]
+def _html(items: Iterable[Result | str | Path]) -> str:
+    runs = gather(items)
+    results = numbered(runs)
     jinja2, convert, alt = need("jinja2"), need("vl_convert"), need("altair")
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_template), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"error": _error, "seconds": _seconds}
+    environment.filters |= {"error": _error, "seconds": _seconds, "ratio": _ratio}
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "sort_keys": False}
-    legend = [_legend(results, "trajectory"), _legend(results, "distribution")]
+    marks = {kind: _marks(runs, kind) for kind in ("trajectory", "distribution")}
+    legend = {kind: _legend(runs, mark) for kind, mark in marks.items()}
     anchors = _anchors(r.problem for r in results)
-    solvers = {entry["kind"]: [s["name"] for s in entry["solvers"]] for entry in legend}
+    compared = [compare(runs[0], run) for run in runs[1:]]
+    same = _twins(runs)
     sections = [
-        _section(part, table, anchors[part[0].problem], solvers[part[0].kind])
+        _section(part, table, anchors[part[0].problem], marks[part[0].kind])
+        | {"compared": [c[key] for c in compared if (key := (part[0].problem, part[0].kind)) in c]}
+        | {"twins": same.get((part[0].problem, part[0].kind), [])}
         for part, table in zip(by_problem(results), tables(results), strict=True)
     ]
+    solvers = [{"name": s["name"], "kind": kind, "run": s["run"]} for kind, listed in legend.items() for s in listed]
     page: dict[str, Any] = {
-        "charts": [{k: s[k] for k in ("id", "anchor", "kind", "spec", "runs", "grid")} for s in sections],
-        "solvers": [{"name": s["name"], "kind": entry["kind"]} for entry in legend for s in entry["solvers"]],
+        "charts": [
+            {k: s[k] for k in ("id", "anchor", "kind", "spec", "runs", "grid")} | {"letters": s["legend"]}
+            for s in sections
+        ],
+        "solvers": solvers,
         "pictures": [],
     }
     template = environment.get_template("report.html")
@@ -70,9 +71,11 @@ def _html(results: Sequence[Result]) -> str:
         return template.render(
             problems=_grouped(sections),
             page=page,
-            legend=[entry for entry in legend if entry["solvers"]],
-            runs=runs,
+            legend=[{"kind": kind, "solvers": listed} for kind, listed in legend.items() if listed],
+            runs=[_described(run) for run in runs],
             results=results,
+            methods=len({r.solver for run in runs for r in run.results}),
+            anchors=anchors,
             left_out=left_out,
             failures=[r for r in results if r.status != "ok"],
             grids=list(dict.fromkeys(r.grid for r in results if r.grid != "adaptive")),
@@ -91,21 +94,38 @@ def _template(name: str) -> str:
     return (resources.files("sdeflow.bench") / "templates" / name).read_text(encoding="utf-8")
 
 
-def _runs(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Each run once: its number and environment, and the number and the time of its results."""
-    runs: dict[str, dict[str, Any]] = {}
-    for r in results:
-        new = {"name": r.run, "number": len(runs) + 1, "environment": r.environment, "count": 0, "seconds": 0.0}
-        run = runs.setdefault(r.run, new)
-        run["count"] += 1
-        run["seconds"] += r.wall_seconds or 0.0
-    return list(runs.values())
+def _described(run: Run) -> dict[str, Any]:
+    """What the page says of a run, with the number and the time of its results."""
+    seconds = sum(r.wall_seconds or 0.0 for r in run.results)
+    return {"number": run.number, "label": run.label, "environment": run.environment, "count": len(run.results),
+            "seconds": seconds}  # fmt: skip
 
 
-def _legend(results: Sequence[Result], kind: str) -> dict[str, Any]:
-    """The solvers of a kind with their marks, which are the same in the charts of all problems."""
-    mark = charts.marks(r.solver for r in results if r.kind == kind)
-    return {"kind": kind, "solvers": [{"name": s, "colour": c, "shape": shape} for s, (c, shape) in mark.items()]}
+def _marks(runs: Sequence[Run], kind: str) -> dict[str, tuple[str, str]]:
+    """The marks of the solvers of a kind, the same in the charts of all problems; one colour in all runs."""
+    names = dict.fromkeys(r.solver for run in runs for r in run.results if r.kind == kind)
+    if len(runs) == 1:
+        return charts.marks(names)
+    turned = [charts.marks(names, turn=run.number - 1) for run in runs]
+    ran = [{r.solver for r in run.results if r.kind == kind} for run in runs]
+    # the runs of a solver stand together
+    return {f"{n} [{run.number}]": turned[i][n] for n in names for i, run in enumerate(runs) if n in ran[i]}
+
+
+def _legend(runs: Sequence[Run], marks: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
+    """The solvers with their marks and the number of their run, None where there is one."""
+    number = {f"{r.solver} [{run.number}]": run.number for run in runs for r in run.results} if len(runs) > 1 else {}
+    return [{"name": s, "colour": c, "shape": shape, "run": number.get(s)} for s, (c, shape) in marks.items()]
+
+
+def _twins(runs: Sequence[Run]) -> dict[tuple[str, str], list[list[str]]]:
+    """For each problem and kind, groups of solvers that are the same method in every run that has them."""
+    found: dict[tuple[str, str], list[list[str]]] = {}
+    for run in runs:
+        for part in by_problem(run.results):
+            known = found.setdefault((part[0].problem, part[0].kind), [])
+            known += [group for group in twins(part) if group not in known]
+    return found
 
 
 def _anchors(problems: Iterable[str]) -> dict[str, str]:
@@ -119,9 +139,9 @@ def _anchors(problems: Iterable[str]) -> dict[str, str]:
     return anchors
 
 
-def _section(part: list[Result], table: Table, anchor: str, solvers: list[str]) -> dict[str, Any]:
+def _section(part: list[Result], table: Table, anchor: str, marks: dict[str, tuple[str, str]]) -> dict[str, Any]:
     """What the page shows of one problem and kind."""
-    short = initials(c.result.grid for row in table.rows.values() for c in row if c)
+    short = initials(r.grid for r in part if r.budget is not None)
     first = part[0]
     columns = [_ranked(table, column) for column in range(len(table.budgets))]
     rank = {id(c): n for ranked in columns for n, (_, c) in enumerate(ranked, 1)}
@@ -138,9 +158,8 @@ def _section(part: list[Result], table: Table, anchor: str, solvers: list[str]) 
         "cells": {s: [_cell(c, short, rank) for c in cells] for s, cells in table.rows.items()},
         "podium": _podium(columns, short),
         "legend": short,
-        "twins": twins(part),
         "solvers": {r.solver for r in part},
-        "spec": charts.interactive(part, solvers),
+        "spec": charts.interactive(part, marks),
         "runs": [_compact(r) for r in charts.records(part)],
         "grid": charts.default_grid(part),
         "pictures": first.about.get("preview"),
@@ -187,7 +206,7 @@ def _cell(cell: Cell | None, short: dict[str, str], rank: dict[int, int] | None 
 
 def _compact(record: dict[str, Any]) -> dict[str, Any]:
     """A run without what is empty or follows from the rest."""
-    usual = {"resolved": True, "best": False, "x": record["calls"]}
+    usual = {"resolved": True, "best": False, "single": False, "x": record["calls"]}
     kept = {k: v for k, v in record.items() if k in _ALWAYS or (v is not None and v != usual.get(k))}
     kept |= {name: float(f"{kept[name]:.{digits}g}") for name, digits in _DIGITS.items() if name in kept}
     return {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in kept.items()}
@@ -213,7 +232,16 @@ def _pictures(waiting: list[tuple[str | None, dict[str, Any], str]], room: int) 
 
 
 def _error(value: float | None) -> str:
-    return "" if value is None else f"{value:.1e}"
+    return "" if value is None else short_number(value)
+
+
+def _ratio(value: float | None) -> str:
+    """Three digits; "1", not "1.00", for what is equal to 6."""
+    if value is None:
+        return ""
+    if math.isinf(value):
+        return "\N{INFINITY}"
+    return "1" if abs(value - 1) <= 1e-6 else f"{value:#.3g}"
 
 
 def _seconds(value: float) -> str:

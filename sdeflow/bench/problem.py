@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked_class
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model
 from sdeflow.noise import PATH, Noise
@@ -20,6 +21,7 @@ Draw = Callable[[int, int], Tensor]
 """`draw(n, seed)`: n independent samples (n, *shape)."""
 
 
+@checked_class
 @dataclass(frozen=True, eq=False)
 class Problem:
     """A model to sample from, with everything else optional.

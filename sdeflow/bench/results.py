@@ -125,21 +125,57 @@ def read(path: str | Path) -> list[Result]:
         FileNotFoundError: no such file.
         ValueError: a line that is no result; the message names it.
     """
-    known = {f.name for f in dataclasses.fields(Result)}
     results = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    # not splitlines: that also splits at separators that JSON allows inside a text
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = json.loads(line.decode("utf-8"), parse_constant=_no_number)
             schema = values.pop("schema")
-            result = Result(**{k: v for k, v in values.items() if k in known})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}, line {number}: not a result of sdeflow bench ({error})") from error
-        if schema > SCHEMA:
+            newer = schema > SCHEMA
+            # a later version may have fields of other types
+            result = None if newer else _result(values)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not a result of sdeflow bench ({_why(error)})") from error
+        if result is None:
             raise ValueError(f"{path}: written by a newer sdeflow (schema {schema}, this reads {SCHEMA})")
         results.append(result)
     return results
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def _why(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error)
+
+
+_NUMBERS = (
+    "budget", "tolerance", "nfe", "steps", "median", "q90", "rms", "flip_rate", "sliced_w2", "low", "high", "floor",
+    "scale", "wall_seconds", "model_seconds",
+)  # fmt: skip
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(_NUMBERS, (int, float, type(None))),
+    **dict.fromkeys(("problem", "solver", "grid", "dtype"), (str,)),
+    **dict.fromkeys(("message", "preview"), (str, type(None))),
+    **dict.fromkeys(("about", "environment"), (dict,)),
+}
+
+
+def _result(values: dict[str, Any]) -> Result:
+    """A result of what a line holds, its types checked. Fields that are not known are of a later version."""
+    known = {f.name for f in dataclasses.fields(Result)}
+    result = Result(**{k: v for k, v in values.items() if k in known})
+    for name, types in _TYPES.items():
+        value = getattr(result, name)
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}")
+    for name, allowed in (("kind", ("trajectory", "distribution")), ("status", ("ok", "failed"))):
+        if getattr(result, name) not in allowed:
+            raise ValueError(f"{name} is {getattr(result, name)!r}")
+    return result
 
 
 class Log:
@@ -154,6 +190,11 @@ class Log:
         self._lines += result.line().encode() + b"\n"
         if time.monotonic() - self._saved > 2.0:
             self.save()
+
+    def replace(self, results: list[Result]) -> None:
+        """These results instead, in their order."""
+        self.results, self._lines = results, bytearray(b"".join(r.line().encode() + b"\n" for r in results))
+        self.save()
 
     def save(self) -> None:
         if self._path is not None and self.results:

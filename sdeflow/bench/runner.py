@@ -13,13 +13,15 @@ from typing import Any
 import torch
 
 from sdeflow.bench import environment
-from sdeflow.bench.case import Case
 from sdeflow.bench.extras import need
 from sdeflow.bench.methods import Job, Method, budgets, grids_named, methods_named
 from sdeflow.bench.problem import Problem, as_problem
 from sdeflow.bench.results import Log, Result, put
 from sdeflow.bench.suites import QUICK, SUITES, Suite
 from sdeflow.bench.tables import ranking
+from sdeflow.bench.work import Item, RunWork, Unfinished, described
+from sdeflow.checked import checked
+from sdeflow.engine import Engine, Local
 from sdeflow.grids import GridFunction
 
 
@@ -45,6 +47,7 @@ class Axes:
                 yield from (Job(method, name, times, budget) for budget in self.nfe if budget >= method.calls)
 
 
+@checked
 def run(
     problem: str | Problem | Callable[[], Problem] = "quick",
     *,
@@ -55,7 +58,10 @@ def run(
     draws: int | None = None,
     tolerance: float | None = None,
     seed: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
     out: str | Path | None = None,
+    engine: Engine | None = None,
     progress: bool = False,
     command: str | None = None,
 ) -> list[Result]:
@@ -71,8 +77,13 @@ def run(
         nfe: budgets of model calls; likewise.
         samples, draws, tolerance: instead of the problems' own.
         seed: of starts and noise.
+        dtype: of networks and states, float32 or float64; the widest that a network runs in unless given.
+        device: where networks run and samples are; what they are compared with is kept on the CPU.
         out: a folder for `results.jsonl` (kept complete while it runs), `report.html`, `ranking.csv` and the figures;
-            None writes nothing.
+            None writes nothing. A run that was broken off goes on from what it finished there, if it is the same run
+            of the same commit.
+        engine: where runs are computed, `sdeflow.engine.Ray(...)` for instance, with one thread each; in this process,
+            with the number of threads that is best for the network, unless given.
         progress: show a progress bar.
         command: how the run was called, for the record; the process's command line unless given.
 
@@ -90,22 +101,36 @@ def run(
     )
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"expected an integer seed, got {seed!r}")
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"expected the dtype torch.float32 or torch.float64, got {dtype!r}")
     changes = {"samples": samples, "draws": draws, "tolerance": tolerance}
     changes = {k: v for k, v in changes.items() if v is not None}
     if out is not None:
         for module in ("altair", "jinja2", "vl_convert", "PIL"):
             need(module)
+    problems = [dataclasses.replace(make(), **changes) for make in makers]  # type: ignore[arg-type]
+    jobs = list(axes.jobs())
+    wanted = [(p, j) for p, problem in enumerate(problems) for j, job in enumerate(jobs) if _measurable(problem, job)]
+    work = RunWork(problems, jobs, seed, dtype, torch.device(device), None if engine is None else 1)
+    about = {
+        "problems": [described(problem) for problem in problems],
+        "jobs": [[job.method.name, job.grid, job.budget, job.tolerance] for job in jobs],
+        "seed": seed, "dtype": str(dtype), "device": str(device), "threads": work.threads,
+    }  # fmt: skip
     where = environment.describe(command)
+    about |= {name: where[name] for name in ("sdeflow", "commit", "torch", "numpy", "scipy")}
+    before = Unfinished(out, about, where)
     log = Log(None if out is None else Path(out) / "results.jsonl")
-    total = len(makers) * sum(1 for _ in axes.jobs())
+    found: dict[Item, Result] = {}
     try:
-        with _progress(progress, total) as advance, torch.no_grad():
-            for make in makers:
-                made = dataclasses.replace(make(), **changes)  # type: ignore[arg-type]
-                for result in _run_problem(made, axes, seed, advance):
-                    log.add(dataclasses.replace(result, environment=where))
+        with _progress(progress, len(wanted)) as advance:
+            for item, result in _results(wanted, work, before, engine, advance):
+                found[item] = dataclasses.replace(result, environment=before.environment)
+                log.add(found[item])
     finally:
         log.save()
+    log.replace([found[item] for item in wanted])
+    before.end()
     if out is not None:
         from sdeflow.bench import figures, page
 
@@ -126,29 +151,31 @@ def _resolve(problem: Any) -> tuple[Suite, tuple[Callable[[], Problem], ...]]:
     return SUITES[problem], SUITES[problem].problems
 
 
-def _run_problem(problem: Problem, axes: Axes, seed: int, advance: Callable[[str, int], None]) -> Iterator[Result]:
-    advance(f"{problem.name}: preparing", 0)
-    case = Case(problem, seed)
-    axes = dataclasses.replace(axes, methods=[m.fitted(problem.model, problem.shape) for m in axes.methods])
-    own = torch.get_num_threads()
-    torch.set_num_threads(case.threads)
-    seen: dict[tuple[str, str, int | None], Result] = {}
-    try:
-        for method in axes.methods:
-            advance(f"{problem.name}: what runs are measured against", 0)
-            case.truth_of(method)
-        for job in axes.jobs():
-            advance(f"{problem.name}: {job.method.name}, {job.grid}", 0)
-            if job.tolerance is not None and problem.reference is None and job.tolerance < 10 * problem.tolerance:
-                advance("", 1)  # it would be measured against itself
-                continue
-            same = (job.method.name, job.grid, job.steps)
-            if job.budget is None or same not in seen:
-                seen[same] = case.run(job)
-            advance("", 1)
-            yield dataclasses.replace(seen[same], budget=job.budget)  # two budgets may allow the same steps
-    finally:
-        torch.set_num_threads(own)
+def _measurable(problem: Problem, job: Job) -> bool:
+    """Whether the reference is finer than the tolerance: a run would be measured against itself otherwise."""
+    return job.tolerance is None or problem.reference is not None or job.tolerance >= 10 * problem.tolerance
+
+
+def _results(
+    wanted: list[Item], work: RunWork, before: Unfinished, engine: Engine | None, advance: Callable[[str, int], None]
+) -> Iterator[tuple[Item, Result]]:
+    """Every result: those of an earlier call, and those computed now, of which two budgets may share one."""
+    sharing: dict[tuple[Any, ...], list[Item]] = {}
+    for number, (p, j) in enumerate(wanted):
+        job, problem = work.jobs[j], work.problems[p]
+        known = before.results.get((problem.name, job.method.name, job.grid, job.budget, job.tolerance))
+        if known is not None:
+            advance(f"{problem.name}: from before", 1)
+            yield (p, j), known
+            continue
+        same = (p, job.method.name, job.grid, number if job.budget is None else job.steps)
+        sharing.setdefault(same, []).append((p, j))
+    items = {group[0]: group for group in sharing.values()}
+    for first, result in (Local() if engine is None else engine).map(work, items):
+        for p, j in items[first]:
+            job = work.jobs[j]
+            advance(f"{work.problems[p].name}: {job.method.name}, {job.grid}", 1)
+            yield (p, j), dataclasses.replace(result, budget=job.budget)
 
 
 @contextmanager
@@ -160,12 +187,15 @@ def _progress(shown: bool, total: int) -> Iterator[Callable[[str, int], None]]:
     rich = need("rich.progress")
     columns = (
         rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(),
-        rich.TimeElapsedColumn(), rich.TextColumn("left"), rich.TimeRemainingColumn(),
+        rich.TextColumn("{task.fields[rate]}"), rich.TimeElapsedColumn(), rich.TextColumn("left"),
+        rich.TimeRemainingColumn(),
     )  # fmt: skip
     with rich.Progress(*columns, console=need("rich.console").Console(stderr=True)) as bar:
-        task = bar.add_task("starting", total=total)
+        task = bar.add_task("starting", total=total, rate="")
 
         def advance(text: str, runs: int) -> None:
-            bar.update(task, advance=runs, **({"description": text} if text else {}))
+            speed = bar.tasks[0].speed
+            rate = "" if speed is None else f"{speed:.1f} runs/s"
+            bar.update(task, advance=runs, rate=rate, **({"description": text} if text else {}))
 
         yield advance

@@ -158,7 +158,7 @@ def show(results: Sequence[Result]) -> None:
         short = initials(c.result.grid for row in table.rows.values() for c in row if c)
         measure = "median error" if table.kind == "trajectory" else "sliced W2"
         legend = ", ".join(f"{v} {k}" for k, v in short.items())
-        floor = "" if table.floor is None else f"; floor {_short(table.floor)}"
+        floor = "" if table.floor is None else f"; floor {short_number(table.floor)}"
         console.print(f"{table.problem}: {measure} at each budget of model calls, at the best grid", highlight=False)
         view = rich.Table(box=box.SIMPLE_HEAD, pad_edge=False)
         view.add_column("solver", no_wrap=True)
@@ -177,10 +177,10 @@ def show(results: Sequence[Result]) -> None:
 def _point(result: Result) -> str:
     if result.status != "ok" or result.error is None:
         return f"failed at tolerance {result.tolerance:g}"
-    return f"{_short(result.error)} with {result.nfe:.0f} calls"
+    return f"{short_number(result.error)} with {result.nfe:.0f} calls"
 
 
-def _short(value: float) -> str:
+def short_number(value: float) -> str:
     """Two digits, the exponent without its zero: 7.9e-3."""
     mantissa, _, exponent = f"{value:.1e}".partition("e")
     return f"{mantissa}e{int(exponent)}"
@@ -192,5 +192,5 @@ def _text(cell: Cell | None, short: dict[str, str]) -> str:
     if cell.result.status != "ok" or cell.result.error is None:
         return "[red]failed[/red]"
     grid = "-" if cell.result.steps == 1 else short[cell.result.grid]  # one step is the same on all grids
-    text = f"{_short(cell.result.error)}{' ' if cell.result.resolved else '*'}{grid}"
+    text = f"{short_number(cell.result.error)}{' ' if cell.result.resolved else '*'}{grid}"
     return f"[bold green]{text}[/bold green]" if cell.first else text

@@ -25,7 +25,7 @@ class Reference:
     """The ends of the flow from given starts; for deterministic solvers.
 
     Attributes:
-        start: (samples, *shape), where every such solver starts.
+        start: (samples, *shape), where every such solver starts, on the device of the runs; the rest is on the CPU.
         x: its end, float64 (kept, *shape).
         kept: bool (samples,); samples whose reference did not converge are left out of every comparison.
         centres: see `Problem`.
@@ -69,7 +69,7 @@ def reference_of(problem: Problem, flow: ReverseSDE, start: Tensor) -> Reference
     """
     every = torch.ones(start.shape[0], dtype=torch.bool)
     if problem.reference is not None:
-        end = problem.reference(start).to(torch.float64)
+        end = problem.reference(start.cpu()).to("cpu", torch.float64)
         if end.shape != start.shape:
             raise ValueError(f"expected reference(x) of the shape of x, {tuple(start.shape)}, got {tuple(end.shape)}")
         return Reference(start, end, every, problem.centres, {}, "given by the problem")
@@ -77,14 +77,14 @@ def reference_of(problem: Problem, flow: ReverseSDE, start: Tensor) -> Reference
     fine, coarse = (
         solve(flow, start, RK45(), rtol=tol, throw=False, max_steps=_MAX_STEPS) for tol in (tolerance, 10 * tolerance)
     )
-    kept = fine.ok & coarse.ok
+    kept = (fine.ok & coarse.ok).cpu()
     if int(kept.sum()) < 2:
         raise RuntimeError(
             f"the reference of {problem.name!r} at tolerance {tolerance:g} did not converge: {fine.failures()}; "
             "give a larger tolerance"
         )
-    end = fine.x[kept].to(torch.float64)
-    own = trajectory_error(coarse.x[kept], end)
+    end = fine.x.cpu()[kept].to(torch.float64)
+    own = trajectory_error(coarse.x.cpu()[kept], end)
     calls = torch.as_tensor(fine.stats.nfe, dtype=torch.float64).mean()
     text = f"RK45 at rtol = atol = {tolerance:g}, {calls:.0f} calls a sample"
     if not bool(kept.all()):
@@ -139,12 +139,12 @@ def target_of(problem: Problem, flow: ReverseSDE, start: Tensor, seed: int) -> T
         x, other = (problem.exact_draws(n, seed + k) for k in (1, 2))
         text = "exact draws, noised to t_min"
     else:
-        starts = torch.cat([problem.start(n, seed + k, start.dtype) for k in (1, 2)])
+        starts = torch.cat([problem.start(n, seed + k, start.dtype) for k in (1, 2)]).to(start.device)
         tolerance = problem.target_tolerance
         ends = solve(flow, starts, RK45(), rtol=tolerance, throw=False, max_steps=_MAX_STEPS)
         if not bool(ends.ok.all()):
             raise RuntimeError(f"the target of {problem.name!r} failed: {ends.failures()}")
-        x, other = ends.x.to(torch.float64).chunk(2)
+        x, other = ends.x.to("cpu", torch.float64).chunk(2)
         text = f"the model's own probability flow (RK45 at rtol = atol = {tolerance:g}), not draws of data"
     return Target(start, x, {"sliced_w2": sliced_w2(other, x, projections=_DIRECTIONS).value}, text)
 

@@ -18,6 +18,7 @@ from sdeflow.grids.tables import leading, linspace, trailing
 from sdeflow.grids.times import beta, power, quadratic, uniform
 
 GridFunction = Callable[..., Tensor]
+"""`(process, steps, t_start, t_end) -> times`: float64 (steps + 1,), strictly monotone, both ends exact."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked
 from sdeflow.grids.shared import check_positive, ends, finish, gaussian_of
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def _by_level(
     return finish(name, torch.cat([ts, ts.new_tensor([low])]) if to_zero else ts, start, end)
 
 
+@checked
 def logsnr(process: Problem, steps: int, t_start: float | None = None, t_end: float | None = None) -> Tensor:
     """Equal steps in lam = log(alpha/sigma) (Lu et al. 2022, DPM-Solver, section 3.3).
 
@@ -64,11 +66,13 @@ def _geometric(lam_high: float, lam_low: float, shares: Tensor) -> Tensor:
     return lam_high + (lam_low - lam_high) * shares
 
 
+@checked
 def exponential(process: Problem, steps: int, t_start: float | None = None, t_end: float | None = None) -> Tensor:
     """Levels sigma/alpha in geometric progression: the same times as `logsnr`, under the name of k-diffusion."""
     return _by_level("exponential", process, steps, t_start, t_end, _geometric)
 
 
+@checked
 def polyexponential(
     process: Problem,
     steps: int,
@@ -89,6 +93,7 @@ def polyexponential(
     return _by_level("polyexponential", process, steps, t_start, t_end, place)
 
 
+@checked
 def karras(
     process: Problem,
     steps: int,
@@ -129,6 +134,7 @@ def _by_clock(
     return finish(name, ts, start, end)
 
 
+@checked
 def cosine(process: Problem, steps: int, t_start: float | None = None, t_end: float | None = None) -> Tensor:
     """Equal steps of the angle atan(sigma/alpha): uniform t of the cosine schedule, on any GaussianSDE.
 
@@ -140,6 +146,7 @@ def cosine(process: Problem, steps: int, t_start: float | None = None, t_end: fl
     )  # fmt: skip
 
 
+@checked
 def flow_shift(
     process: Problem,
     steps: int,
@@ -161,6 +168,7 @@ def flow_shift(
     )  # fmt: skip
 
 
+@checked
 def logistic(
     process: Problem,
     steps: int,

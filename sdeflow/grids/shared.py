@@ -8,6 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sdeflow.checked import described, number
+
+MOST_STEPS = 10_000_000
+"""A grid of more would hold a gigabyte of coefficients before the first step."""
+
 if TYPE_CHECKING:
     from sdeflow.gaussian import GaussianSDE
     from sdeflow.sde import Problem
@@ -16,8 +21,13 @@ if TYPE_CHECKING:
 def ends(process: Problem, steps: int, t_start: float | None, t_end: float | None) -> tuple[float, float]:
     if isinstance(steps, bool) or not isinstance(steps, int):
         raise TypeError(f"expected an integer number of steps, got {steps!r}")
-    if steps < 1:
-        raise ValueError(f"expected steps >= 1, got {steps}")
+    if not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"expected steps >= 1, got {steps} (at most {MOST_STEPS})")
+    if not hasattr(process, "t1") or isinstance(process, type):
+        raise TypeError(f"expected a process to make a grid for, got {process!r:.60}")
+    for name, value in (("t_start", t_start), ("t_end", t_end)):
+        if value is not None and not number(value):
+            raise ValueError(f"expected {name} as a number, got {described(value)}")
     start = process.t1 if t_start is None else float(t_start)
     end = process.t_min if t_end is None else float(t_end)
     if start == end:
@@ -51,5 +61,7 @@ def gaussian_of(process: Any, name: str) -> GaussianSDE:
 
 def check_positive(**values: float) -> None:
     for name, value in values.items():
+        if not number(value):
+            raise ValueError(f"expected a finite {name} > 0, got {described(value)}")
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"expected a finite {name} > 0, got {value!r}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked
 from sdeflow.grids.shared import ends, finish
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def _by_entry(
     return finish(name, torch.cat([(visited + 1) / size, visited.new_tensor([low])]), start, end)
 
 
+@checked
 def trailing(process: Problem, steps: int, t_start: float | None = None, t_end: float | None = None) -> Tensor:
     """Entries round(N - i N/steps) - 1, i = 0 ... steps - 1: from the last one down, N/steps apart.
 
@@ -55,6 +57,7 @@ def trailing(process: Problem, steps: int, t_start: float | None = None, t_end: 
     return _by_entry("trailing", process, steps, t_start, t_end, entries)
 
 
+@checked
 def leading(
     process: Problem,
     steps: int,
@@ -81,6 +84,7 @@ def leading(
     return _by_entry("leading", process, steps, t_start, t_end, entries)
 
 
+@checked
 def linspace(process: Problem, steps: int, t_start: float | None = None, t_end: float | None = None) -> Tensor:
     """Entries rounded from equal parts of the table between its last entry and entry 0, both visited.
 

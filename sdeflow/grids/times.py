@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked
 from sdeflow.grids.shared import check_positive, ends, finish
 
 if TYPE_CHECKING:
     from sdeflow.sde import Problem
 
 
+@checked
 def uniform(process: Problem, steps: int, t_start: float | None = None, t_end: float | None = None) -> Tensor:
     """Equal steps in t."""
     start, end = ends(process, steps, t_start, t_end)
@@ -22,6 +24,7 @@ def uniform(process: Problem, steps: int, t_start: float | None = None, t_end: f
     )
 
 
+@checked
 def power(
     process: Problem,
     steps: int,
@@ -42,11 +45,13 @@ def power(
     return finish("power", base + torch.linspace(a, b, steps + 1, dtype=torch.float64) ** exponent, start, end)
 
 
+@checked
 def quadratic(process: Problem, steps: int, t_start: float | None = None, t_end: float | None = None) -> Tensor:
     """Equal steps in sqrt(t - t0) (Song et al. 2021, DDIM, appendix D.2)."""
     return power(process, steps, t_start, t_end, exponent=2.0)
 
 
+@checked
 def beta(
     process: Problem,
     steps: int,

@@ -22,6 +22,7 @@ import math
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.losses.pixels import check_levels, discretised_log_likelihood
 from sdeflow.model import Model, row_of
@@ -30,6 +31,7 @@ from sdeflow.solvers.ancestral import Variance
 from sdeflow.times import align
 
 
+@checked
 def prior_bits(process: GaussianSDE, x0: Tensor) -> Tensor:
     """L_N = KL(N(alpha x_0, sigma^2 I) | N(0, prior_std^2 I)) at t1, (batch,): bits a dimension; of any GaussianSDE."""
     alpha, sigma = float(process.alpha(process.t1)), float(process.sigma(process.t1))
@@ -39,6 +41,7 @@ def prior_bits(process: GaussianSDE, x0: Tensor) -> Tensor:
     return nats.flatten(1).mean(1) / math.log(2)
 
 
+@checked
 def step_bits(
     model: Model,
     x0: Tensor,
@@ -70,6 +73,7 @@ def step_bits(
     return _bits(process, x0, mean, n, _share(variance, x, t), levels)
 
 
+@checked
 def bound_bits(
     model: Model,
     x0: Tensor,
@@ -92,6 +96,7 @@ def bound_bits(
     return torch.stack([*terms, prior_bits(process, x0)], dim=1)
 
 
+@checked
 def hybrid(
     model: Model,
     x0: Tensor,

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.losses.matching import AnyWeight, weighted_mean
 from sdeflow.losses.nodes import bound_teacher, check_span, check_teacher, falling, step_of
@@ -19,6 +20,7 @@ from sdeflow.times import Time, align
 Gap = Literal["level", "angle"]
 
 
+@checked
 def consistency(
     grid: Tensor | Sequence[float],
     *,

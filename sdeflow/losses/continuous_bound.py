@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.losses.matching import denoising
 from sdeflow.losses.pixels import check_levels
@@ -22,6 +23,7 @@ from sdeflow.model import Model
 from sdeflow.times import Time, align
 
 
+@checked
 def diffusion_rate(model: Model, x0: Tensor, t: Time, eps: Tensor) -> Tensor:
     """-1/2 SNR'(t) |x_0 - x0_hat|^2 of each sample (batch,), in bits a dimension and unit of time.
 
@@ -32,6 +34,7 @@ def diffusion_rate(model: Model, x0: Tensor, t: Time, eps: Tensor) -> Tensor:
     return denoising(model, x0, t, eps, weight=elbo()) / math.log(2)
 
 
+@checked
 def reconstruction_bits(process: GaussianSDE, x0: Tensor, t: Time, eps: Tensor, *, levels: int | None = 256) -> Tensor:
     """-log p(x_0 | x_t) of each sample (batch,), in bits a dimension, at x_t = alpha x_0 + sigma eps.
 

@@ -7,10 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked, checked_class
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.losses.times import lowest
 
 
+@checked_class
 class LossHistory:
     """The last losses of each of `bins` bins of time, and the probabilities that they ask for:
 
@@ -91,6 +93,7 @@ class LossHistory:
         self._count += total
 
 
+@checked
 def importance_times(
     process: GaussianSDE,
     n: int,

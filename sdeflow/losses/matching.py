@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.linear import LinearSDE
 from sdeflow.losses.weights import Weight, weight_at
@@ -32,6 +33,7 @@ AnyWeight = Weight | Callable[[Any, Tensor], Tensor]
 """A `Weight`, converted to the prediction of the loss, or a function (process, t) of that very loss."""
 
 
+@checked
 def denoising(
     model: Model, x0: Tensor, t: Time, eps: Tensor, as_: str | None = None, *, weight: AnyWeight | None = None
 ) -> Tensor:
@@ -55,6 +57,7 @@ def denoising(
     return weighted_mean(error.square(), weight, process, t, as_)
 
 
+@checked
 def flow_matching(model: Model, x0: Tensor, t: Time, eps: Tensor, *, weight: AnyWeight | None = None) -> Tensor:
     """Conditional flow matching, |u(x_t, t) - (alpha' x_0 + sigma' eps)|^2: `denoising` in "velocity"; (batch,).
 
@@ -65,6 +68,7 @@ def flow_matching(model: Model, x0: Tensor, t: Time, eps: Tensor, *, weight: Any
     return denoising(model, x0, t, eps, "velocity", weight=weight)
 
 
+@checked
 def kernel_matching(model: Model, x: Tensor, t: Time, target: Tensor, *, weight: AnyWeight | None = None) -> Tensor:
     """mean over components of (s(x_t, t) - target)^2, (batch,): denoising score matching with any kernel.
 
@@ -88,6 +92,7 @@ def kernel_matching(model: Model, x: Tensor, t: Time, target: Tensor, *, weight:
     return weighted_mean(error.square(), weight, model.sde, t, "score")
 
 
+@checked
 def kernel_score(process: SDE, x: Tensor, t: Time, x0: Tensor) -> Tensor:
     """grad_x log p(x_t = x | x_0), of the shape and dtype of x: the target of `kernel_matching`.
 

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model
 
 
+@checked
 def grid_times(
     grid: Tensor | Sequence[float], *, generator: torch.Generator | None = None
 ) -> Callable[[GaussianSDE, int], Tensor]:

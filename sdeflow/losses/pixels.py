@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked
 
+
+@checked
 def discretised_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor, levels: int = 256) -> Tensor:
     """log of the mass of N(mean, exp(log_variance)) on [x - h, x + h], elementwise, in nats and the dtype of x.
 

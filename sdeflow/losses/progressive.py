@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.losses.matching import AnyWeight, weighted_mean
 from sdeflow.losses.nodes import bound_teacher, check_span, check_teacher, falling, step_of
@@ -21,6 +22,7 @@ NodeLoss = Callable[[Model, Tensor, Time, Tensor], Tensor]
 _TRUNCATED_SNR = truncated_snr()
 
 
+@checked
 def progressive(
     teacher: Model, grid: Tensor | Sequence[float], *, weight: AnyWeight | None = _TRUNCATED_SNR
 ) -> NodeLoss:

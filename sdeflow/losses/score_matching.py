@@ -16,12 +16,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked
 from sdeflow.losses.matching import AnyWeight
 from sdeflow.losses.weights import weight_at
 from sdeflow.model import Model
 from sdeflow.times import Time, align
 
 
+@checked
 def implicit(model: Model, x: Tensor, t: Time, *, weight: AnyWeight | None = None) -> Tensor:
     """mean over components of s_i^2 + 2 d_i s_i, (batch,), the divergence exact: one backward pass a component.
 
@@ -50,6 +52,7 @@ def implicit(model: Model, x: Tensor, t: Time, *, weight: AnyWeight | None = Non
     return _evaluated(loss, model, x, t, weight)
 
 
+@checked
 def sliced(
     model: Model,
     x: Tensor,

@@ -12,12 +12,14 @@ import math
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked
 from sdeflow.gaussian import GaussianSDE
 
 _LEFT_OUT = 1e-5
 """The part of the span next to the data that training leaves out."""
 
 
+@checked
 def stratified_times(
     process: GaussianSDE, n: int, t_min: float | None = None, *, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -42,6 +44,7 @@ def stratified_times(
     return process.time_of_lam(-torch.log(torch.tan(angle))).clamp(low, process.t1)
 
 
+@checked
 def uniform_times(
     process: GaussianSDE, n: int, t_min: float | None = None, *, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -51,6 +54,7 @@ def uniform_times(
     return low + (process.t1 - low) * torch.rand(n, dtype=torch.float64, generator=generator)
 
 
+@checked
 def offset_times(
     process: GaussianSDE, n: int, t_min: float | None = None, *, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -65,6 +69,7 @@ def offset_times(
     return low + (process.t1 - low) * torch.frac(u + torch.arange(n, dtype=torch.float64) / n)
 
 
+@checked
 def log_normal_times(
     process: GaussianSDE,
     n: int,
@@ -88,6 +93,7 @@ def log_normal_times(
     return process.time_of_lam(-level).clamp(low, process.t1)
 
 
+@checked
 def logit_normal_times(
     process: GaussianSDE,
     n: int,

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import check_prediction, conversion, row_of
 from sdeflow.sde import SDE
@@ -27,6 +28,7 @@ from sdeflow.times import Time, as_time
 WeightFunction = Callable[[GaussianSDE, Tensor], Tensor]
 
 
+@checked
 def loss_ratio(process: GaussianSDE, t: Time, given: str, wanted: str) -> Tensor:
     """r(t) with L_wanted = r L_given, sample by sample: q^2 of `sdeflow.model.conversion`, float64 of the shape of t.
 
@@ -143,6 +145,7 @@ def truncated_snr() -> Weight:
     return Weight(lambda process, t: _snr(process, t).clamp(min=1.0), "x0", "truncated_snr")
 
 
+@checked
 def min_snr(gamma: float = 5.0) -> Weight:
     """min(SNR, gamma) for x0 (Hang et al. 2023, Min-SNR weighting, section 3).
 
@@ -169,6 +172,7 @@ def likelihood() -> Weight:
     return Weight(lambda process, t: process.diffusion_coeff(t) ** 2, "score", "likelihood")
 
 
+@checked
 def edm(sigma_data: float = 0.5) -> Weight:
     """(u^2 + sigma_data^2)/(u sigma_data)^2 = SNR + sigma_data^-2 for x0, u = sigma/alpha (Karras et al. 2022, EDM,
     table 1): one over c_out^2 of their preconditioning.
@@ -201,6 +205,7 @@ def elbo() -> Weight:
     return by_lam(torch.ones_like, "elbo")
 
 
+@checked
 def sigmoid(bias: float = 0.0) -> Weight:
     """w = sigmoid(bias - 2 lam) in `by_lam` (Kingma and Gao 2023; Hoogeboom et al. 2024, Simpler diffusion).
 

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdeflow.checked import checked
+
 _SPREAD = 5.0
 """lam/_SPREAD goes through tanh: VP at t = 1e-3 .. 1 has lam = 4.6 .. -5, and both infinities are finite."""
 
 
+@checked
 def time_features(lam: Tensor, harmonics: int) -> Tensor:
     """cos and sin of (pi k/2) tanh(lam/5), k = 1..harmonics: (batch,) -> (batch, 2 harmonics).
 

@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdeflow.checked import checked_class
 from sdeflow.nets.embedding import Conditioned, check_sizes
 
 
+@checked_class
 class MLP(Conditioned):
     """A residual network on flattened samples, each block scaled and shifted by the time and the class.
 

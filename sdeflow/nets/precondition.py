@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdeflow.checked import checked_class
 from sdeflow.nets.mlp import MLP
 from sdeflow.nets.unet import UNet
 
 _INNER: dict[str, type[MLP] | type[UNet]] = {"MLP": MLP, "UNet": UNet}
 
 
+@checked_class
 class EDMPreconditioned(nn.Module):
     """D(x, sigma) = c_skip x + c_out F(c_in x, -log sigma), a data prediction under EDM or VE (`time="sigma"`).
 

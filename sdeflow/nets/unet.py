@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdeflow.checked import checked_class
 from sdeflow.nets.embedding import Conditioned, check_sizes
 
 _GROUPS = 8
 
 
+@checked_class
 class UNet(Conditioned):
     """Residual convolutions at halving resolutions and back, with skip connections (Ho et al. 2020, DDPM, appendix B).
 

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked, checked_class
 from sdeflow.plan import Plan, corrected_weights, spliced
 from sdeflow.quadrature import gauss_legendre
 from sdeflow.sde import Problem
@@ -18,6 +19,7 @@ from sdeflow.solvers.runge_kutta import RungeKutta
 _MOST = 5
 
 
+@checked_class
 @dataclass(frozen=True)
 class Adams(LinearSolver):
     """Adams-Bashforth, x' = x + int p(t) dt with p through the last `order` slopes, one call a step.
@@ -112,11 +114,13 @@ def lagrange_basis(at: Tensor, nodes: Tensor, used: Tensor) -> list[Tensor]:
     return basis
 
 
+@checked
 def AdamsBashforth(order: int = 4, *, start: Literal["ramp", "runge-kutta"] = "ramp") -> Adams:
     """Adams-Bashforth of order 1 to 5, one call a step. Arguments as in `Adams`."""
     return Adams(order, corrector=False, start=start)
 
 
+@checked
 def AdamsBashforthMoulton(order: int = 4, *, start: Literal["ramp", "runge-kutta"] = "ramp") -> Adams:
     """Adams-Bashforth-Moulton: predictor of `order`, corrector of order + 1, one call a step. As in `Adams`."""
     return Adams(order, corrector=True, start=start)

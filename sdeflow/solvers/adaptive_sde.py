@@ -9,10 +9,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from sdeflow.calculus import NoiseKind
+from sdeflow.checked import checked_class
 from sdeflow.pid import PID
 from sdeflow.solvers.stochastic import H, StochasticSolver, Terms
 
 
+@checked_class
 @dataclass(frozen=True)
 class AdaptiveSDE(StochasticSolver):
     """x' = x + h f + G W, x'' = 1/2 (x' + x + h f(x', t + h) + G(t + h) W); x'' is kept and x'' - x' is the error.
@@ -43,10 +45,12 @@ class AdaptiveSDE(StochasticSolver):
 
     @property
     def first_step(self) -> float:  # type: ignore[override]
+        """`first`, as a share of the span."""
         return self.first
 
     @property
     def per_unit(self) -> float:  # type: ignore[override]
+        """0: the error of a step is held against the tolerance as it is, whatever its size."""
         return 0.0
 
     def control(self, rtol: float, atol: float, max_steps: int) -> PID:

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked, checked_class
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.noise import Noise
 from sdeflow.plan import Plan, eta_key
@@ -29,6 +30,7 @@ from sdeflow.times import Each
 Variance = Literal["posterior", "forward"] | Callable[[Tensor, Tensor], Tensor]
 
 
+@checked
 def DDPM(variance: Variance = "posterior") -> Solver:
     """DDPM's ancestral sampler, x_0 frozen over a step: the posterior's mean, and a variance of choice; brings eta = 1.
 
@@ -132,6 +134,7 @@ def _fits(v: Tensor, x: Tensor) -> bool:
         return False
 
 
+@checked_class
 @dataclass(frozen=True)
 class EulerAncestral(DDIM):
     """Euler's method down past the next level, and noise back up to it; its own stochasticity, on the flow.

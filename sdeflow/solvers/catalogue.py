@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from sdeflow.calculus import NOISE_KINDS
+from sdeflow.checked import checked
 from sdeflow.solvers.adams import AdamsBashforth, AdamsBashforthMoulton
 from sdeflow.solvers.adaptive_sde import AdaptiveSDE
 from sdeflow.solvers.ancestral import DDPM, AncestralPredictor, EulerAncestral, ReverseDiffusion
@@ -235,6 +236,7 @@ CATALOGUE: tuple[Row, ...] = FAMILY + SAMPLERS
 """Every method, in the order of the documentation's table."""
 
 
+@checked
 def by_name(name: str) -> Row:
     """The row of that name.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked_class
 from sdeflow.noise import Noise
 from sdeflow.plan import Plan
 from sdeflow.plan_run import PlanRun
@@ -15,6 +16,7 @@ from sdeflow.sde import Problem
 from sdeflow.solvers.base import LinearSolver, Solver, Stepper, View, kept_plan, reversal_key
 
 
+@checked_class
 @dataclass(frozen=True)
 class Compensated(LinearSolver):
     """`solver` with the state kept and combined in float64 between the steps; the network sees its own dtype.

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked, checked_class
 from sdeflow.plan import Plan, eta_key
 from sdeflow.sde import Problem
 from sdeflow.solvers.base import LinearSolver, View, refuse_noise, semilinear
 
 
+@checked_class
 @dataclass(frozen=True)
 class EDMSampler(LinearSolver):
     """A step from level u = sigma/alpha: noise up to (1 + gamma) u, then Euler or Heun in x/alpha down.
@@ -93,11 +95,13 @@ class EDMSampler(LinearSolver):
         )
 
 
+@checked
 def EDMHeun(s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0) -> EDMSampler:
     """EDM's sampler (Karras et al. 2022, algorithms 1 and 2): Heun, order 2, two calls a step. As in `EDMSampler`."""
     return EDMSampler(2, s_churn, s_tmin, s_tmax, s_noise)
 
 
+@checked
 def EDMEuler(s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0) -> EDMSampler:
     """EDM's sampler without its second call: Euler in x/alpha, DDIM when s_churn = 0. As in `EDMSampler`."""
     return EDMSampler(1, s_churn, s_tmin, s_tmax, s_noise)

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked, checked_class
 from sdeflow.plan import Plan, corrected_weights, eta_key, spliced
 from sdeflow.quadrature import gauss_legendre
 from sdeflow.reverse import Eta, ReverseSDE
@@ -31,12 +32,13 @@ _REACH, _POINTS = 40.0, 32
 """The kernel exp(-u) is integrated over u < 40, below which lies all but 4e-18 of it."""
 
 
+@checked_class
 @dataclass(frozen=True)
 class ExponentialMultistep(LinearSolver):
     """Exponential Adams methods of order 1 to 4, on the flow or with noise.
 
     (Lu et al. 2022, DPM-Solver++, equations 8 and 12; Zhang and Chen 2023, DEIS, section 3.3; Zhao et al. 2023,
-    UniPC, section 3; Xue et al. 2023, SA-Solver, theorems 4.1 and 4.2. The weights integrate the interpolating
+    UniPC, section 3; Xue et al. 2023, SA-Solver, section 4. The weights integrate the interpolating
     polynomial exactly; the published third-order multistep takes half its second difference and is of order 2.)
 
     Args:
@@ -202,7 +204,9 @@ def interpolation_weights(
     weights = torch.stack([(kernel * b).sum(1) for b in lagrange_basis(at, places, used)], dim=1)
     if second == "exact":
         return weights
-    return _hard_wired(weights, kernel.sum(1), front, h, lam, lam0, used, second, prediction)
+    return _hard_wired(
+        weights, kernel.sum(1), front * c if prediction == "x0" else front, h, lam, lam0, used, second, prediction
+    )
 
 
 def _hard_wired(
@@ -219,13 +223,14 @@ def _hard_wired(
     r = (torch.where(other, lam, 0.0).sum(1) - lam0) / h
     if second == "bh2":
         slope = 0.5 * total / r
-    else:  # B = h: alpha h in data prediction, -sigma h in noise prediction
+    else:  # B = h, the first order of the total: alpha c h in data prediction, -(1 + eta^2) sigma h in noise prediction
         scale = front if prediction == "x0" else front * torch.exp(-h)
         slope = 0.5 * scale * h / r
     line = start * (total - slope)[:, None] + other * slope[:, None]
     return torch.where(rows[:, None], line, weights)
 
 
+@checked
 def DPMSolver(
     order: int = 2,
     multistep: bool = False,
@@ -241,6 +246,7 @@ def DPMSolver(
     return _dpm_solver("DPMSolver", "eps", order, multistep, start, lower_order_final, second)
 
 
+@checked
 def DPMSolverPP(
     order: int = 2,
     multistep: bool = True,
@@ -279,6 +285,7 @@ def _dpm_solver(
     return ExponentialRK(order, prediction, label, "midpoint" if second == "midpoint" else "exact", finals)
 
 
+@checked
 def DPMSolverFast(nfe: int) -> ExponentialRK:
     """DPM-Solver-fast: single steps of order 3 and one or two of lower order, `nfe` calls in `nfe // 3 + 1` steps.
 
@@ -289,6 +296,7 @@ def DPMSolverFast(nfe: int) -> ExponentialRK:
     return ExponentialRK(3, "eps", "DPMSolverFast", final_orders=((2, 1), (1,), (2,))[nfe % 3])
 
 
+@checked
 def DEIS(
     order: int = 3,
     *,
@@ -307,6 +315,7 @@ def DEIS(
     )  # fmt: skip
 
 
+@checked
 def UniPC(
     order: int = 3,
     variant: Literal["exact", "bh1", "bh2"] = "bh2",

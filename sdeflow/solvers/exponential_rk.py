@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked_class
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.plan import Plan, eta_key
 from sdeflow.quadrature import gauss_legendre
@@ -95,6 +96,7 @@ TABLEAUS = {
 }  # fmt: skip
 
 
+@checked_class
 @dataclass(frozen=True)
 class ExponentialRK(LinearSolver):
     """Exponential Runge-Kutta of order 1 to 4: 1, 2, 3 and 5 calls a step. Orders 2 and 3 are adaptive (rtol, atol).

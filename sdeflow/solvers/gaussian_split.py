@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked, checked_class
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model
 from sdeflow.noise import DATA, Noise
@@ -39,6 +40,7 @@ _REACH = 24.0
 """In lam, beyond which a step towards sigma = 0 adds less than exp(-48) to the integral."""
 
 
+@checked_class
 @dataclass(frozen=True, eq=False)
 class GaussianSplit(Solver):
     """Exponential multistep of order 1 to 4 with the score of N(mean, C) split off; one call a step.
@@ -328,6 +330,7 @@ def _modes(variance: Tensor, event: torch.Size, size: int) -> tuple[Tensor, Tens
     return values.clamp(min=0), axes
 
 
+@checked
 def estimate_split(
     model: Model, shape: tuple[int, ...], *, probes: int = 128, level: float = 20.0, seed: int = 0
 ) -> tuple[Tensor, float]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked_class
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.plan import Plan, eta_key
 from sdeflow.reverse import ReverseSDE
@@ -18,6 +19,7 @@ from sdeflow.times import as_time
 from sdeflow.variables import Variable, variable
 
 
+@checked_class
 @dataclass(frozen=True)
 class InVariable(LinearSolver):
     """`solver` applied to y = x/L(t) on the clock u(t): x' = L' (x/L + sum_j w_j E_j), E = dy/du.

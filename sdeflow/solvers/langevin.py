@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked_class
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.noise import CORRECTOR, Noise
 from sdeflow.reverse import ReverseSDE
@@ -16,6 +17,7 @@ from sdeflow.sde import Problem
 from sdeflow.solvers.base import Solver, Stepper, View, semilinear
 
 
+@checked_class
 @dataclass(frozen=True)
 class Langevin:
     """Langevin corrector: x <- x + e s(x, t) + sqrt(2 e) z, with e = 2 (snr sigma(t))^2 or 2 (snr |z|/|s|)^2.
@@ -41,8 +43,8 @@ class Langevin:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.snr) and self.snr > 0):
             raise ValueError(f"Langevin: expected snr > 0, got {self.snr!r}")
-        if isinstance(self.steps, bool) or not (isinstance(self.steps, int) and self.steps >= 1):
-            raise ValueError(f"Langevin: expected steps >= 1, got {self.steps!r}")
+        if isinstance(self.steps, bool) or not (isinstance(self.steps, int) and 1 <= self.steps <= 1_000_000):
+            raise ValueError(f"Langevin: expected steps >= 1, got {self.steps!r} (at most a million)")
         if self.size not in ("level", "sample", "batch"):
             raise ValueError(f'Langevin: expected size "level", "sample" or "batch", got {self.size!r}')
 
@@ -61,6 +63,7 @@ def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.reshape(x.shape[0], -1), dim=1)
 
 
+@checked_class
 @dataclass(frozen=True)
 class PredictorCorrector(Solver):
     """A predictor's step to each level, then Langevin corrector steps there.
@@ -142,6 +145,7 @@ class _PredictorCorrectorRun:
         return x
 
 
+@checked_class
 @dataclass(frozen=True)
 class AnnealedLangevin(Solver):
     """Annealed Langevin dynamics: `steps` Langevin steps at each level of the grid after the first.
@@ -167,8 +171,8 @@ class AnnealedLangevin(Solver):
     view: View = "transition"
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not (isinstance(self.steps, int) and self.steps >= 1):
-            raise ValueError(f"AnnealedLangevin: expected steps >= 1, got {self.steps!r}")
+        if isinstance(self.steps, bool) or not (isinstance(self.steps, int) and 1 <= self.steps <= 1_000_000):
+            raise ValueError(f"AnnealedLangevin: expected steps >= 1, got {self.steps!r} (at most a million)")
         if not (math.isfinite(self.step_size) and self.step_size > 0):
             raise ValueError(f"AnnealedLangevin: expected step_size > 0, got {self.step_size!r}")
 

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked_class, numbers
 from sdeflow.linear import LinearSDE
 from sdeflow.matrix_kernel import LinearKernel, Triple, factor_of, inverse_factor, multiply, propagate
 from sdeflow.noise import Noise
@@ -35,6 +36,7 @@ _BLOCK = 256
 """Steps whose matrices are integrated together."""
 
 
+@checked_class
 @dataclass(frozen=True, eq=False)
 class LinearExponential(Solver):
     """Exponential Adams-Bashforth for reversals of a LinearSDE at any eta, one model call a step.
@@ -69,7 +71,7 @@ class LinearExponential(Solver):
         if self.start not in ("ramp", "sweep"):
             raise ValueError(f'LinearExponential: expected start "ramp" or "sweep", got {self.start!r}')
         if self.covariance is not None:
-            c = torch.as_tensor(self.covariance, dtype=torch.float64)
+            c = numbers(self.covariance, "covariance")
             if c.ndim != 2 or c.shape[0] != c.shape[1]:
                 raise ValueError(f"LinearExponential: expected a covariance (k, k), got {tuple(c.shape)}")
             size = float(c.abs().amax())

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from sdeflow.calculus import NoiseKind, lie_products
+from sdeflow.checked import checked_class
 from sdeflow.noise import Noise
 from sdeflow.sde import SDE, Problem, multiply_noise
 from sdeflow.solvers.base import Stepper
 from sdeflow.solvers.stochastic import GridRun, H, StochasticSolver, Terms, plus, root, size
 
 
+@checked_class
 @dataclass(frozen=True)
 class Milstein(StochasticSolver):
     """x' = x + f h + G W + 1/2 sum_jk L^j G_k (W_j W_k - delta_jk h), L^j = G_j . grad (Milstein 1974).
@@ -74,13 +76,14 @@ def _contract(products: Tensor, weights: Tensor) -> Tensor:
     return (flat * weights.reshape(len(weights), *[1] * (flat.ndim - 2), -1)).sum(-1)
 
 
+@checked_class
 @dataclass(frozen=True)
 class LevyMilstein(StochasticSolver):
     """Milstein's method for any noise: x' = x + f h + G W + sum_jk L^j G_k (I_(j,k) - 1/2 delta_jk h), strong order 1.
 
     I_(j,k) = int W_j dW_k = 1/2 W_j W_k + A_jk. The Levy area A of a step is the sum over its `substeps` of what
     their (W, H) tell, P_j w_k - P_k w_j over 2 plus H_j w_k - w_j H_k (its conditional mean: Foster 2020, Numerical
-    approximations for SDEs, chapter 7), P the path so far. What is left has variance h^2/(20 substeps) a pair, so
+    approximations for SDEs, chapter 7), P the path so far. What is left has variance h^2/(12 substeps) a pair, so
     strong order 1 needs substeps in proportion to the steps; a smaller step sees a refinement of the same path.
     One drift and m directional derivatives of G a step.
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from sdeflow.checked import checked
 from sdeflow.reverse import Eta
 from sdeflow.solvers.adams import Adams
 from sdeflow.solvers.exponential import ExponentialMultistep
@@ -20,6 +21,7 @@ Start = Literal["ramp", "runge-kutta"]
 """How a multistep method begins; see `Adams`."""
 
 
+@checked
 def IPNDM(order: int = 4, *, start: Start = "ramp") -> InVariable:
     """iPNDM of order 1 to 4: Adams-Bashforth on eps in x/alpha (Zhang and Chen 2023, DEIS, appendix H).
 
@@ -37,6 +39,7 @@ def PNDM() -> InVariable:
     return InVariable(Adams(4, start="runge-kutta"), "x/alpha", label="PNDM")
 
 
+@checked
 def LMS(order: int = 4, *, start: Start = "ramp") -> InVariable:
     """The linear multistep sampler of k-diffusion: Adams-Bashforth in the clock sigma/alpha, integrated exactly."""
     return InVariable(Adams(order, start=start), "x/alpha", label=f"LMS({order})")
@@ -47,6 +50,7 @@ def DPM2() -> ExponentialRK:
     return ExponentialRK(2, "eps", "DPM2", "midpoint")
 
 
+@checked
 def RhoRK(order: int = 2) -> InVariable:
     """DEIS's rho-RK: Runge-Kutta in x/alpha; 2 is Heun (EDM's), 3 Kutta's, 4 the classical method.
 
@@ -58,15 +62,17 @@ def RhoRK(order: int = 2) -> InVariable:
     return InVariable(methods[order](), "x/alpha", label=f"RhoRK({order})")
 
 
+@checked
 def StraightABM(order: int = 4, *, start: Start = "ramp") -> InVariable:
     """Adams-Bashforth-Moulton in the straight variable x/(alpha + sigma): predictor of `order`, corrector above it."""
     return InVariable(Adams(order, corrector=True, start=start), "straight", label=f"StraightABM({order})")
 
 
+@checked
 def SASolver(predictor: int = 3, corrector: int = 4, tau: Eta | OwnEta | None = None) -> ExponentialMultistep:
     """SA-Solver: exponential Adams in data prediction with a stochasticity of its own, on the flow; one call a step.
 
-    (Xue et al. 2023, SA-Solver, theorems 4.1 and 4.2, algorithm 1, as predict-evaluate-correct: the new evaluation
+    (Xue et al. 2023, SA-Solver, section 4, algorithm 1, as predict-evaluate-correct: the new evaluation
     corrects its own step, with the same noise, and predicts the next. tau is the eta of `reverse`.) The weights
     integrate the polynomials exactly for a tau held at its root mean square over the step.
 
@@ -88,6 +94,7 @@ def SASolver(predictor: int = 3, corrector: int = 4, tau: Eta | OwnEta | None = 
     )  # fmt: skip
 
 
+@checked
 def ERSDE(order: int = 3, phi: Callable[[Tensor], Tensor] | None = None) -> ExponentialMultistep:
     """ER-SDE-Solver of order 1 to 3: data prediction interpolated in sigma/alpha, with a noise scale of its own.
 

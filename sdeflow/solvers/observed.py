@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked_class
 from sdeflow.combined import usable_time, x0_of
 from sdeflow.noise import OBSERVED, Noise
 from sdeflow.observations import LinearObservation, check_fit, check_observation
@@ -55,6 +56,7 @@ def _remembers(plan: Plan) -> bool:
     )
 
 
+@checked_class
 @dataclass(frozen=True, eq=False)
 class Replacement(_AfterStep):
     """`solver`, and after each step to time t the observed part of x drawn from the observation noised to t:
@@ -128,6 +130,7 @@ class _ReplacementRun:
         return self._draw(self._drawn - 1)
 
 
+@checked_class
 @dataclass(frozen=True, eq=False)
 class DPSStep(_AfterStep):
     """`solver`, and after each step from x at t the published DPS correction, x_next - zeta grad_x |y - A D(x, t)|.

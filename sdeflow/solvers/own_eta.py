@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked_class
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.reverse import Eta, ReverseSDE
 from sdeflow.times import Time, as_time
@@ -31,6 +32,7 @@ class OwnEta(ABC):
         """The mean of eta^2 over lam from t0 to t1, float64; 0 where the step is infinitely long in lam."""
 
 
+@checked_class
 @dataclass(frozen=True)
 class Window(OwnEta):
     """`value` while the share (t - t0)/(t1 - t0) of the time range is in [low, high], else 0.
@@ -63,6 +65,7 @@ class Window(OwnEta):
         return self.value**2 * torch.clamp(inside, min=0.0) / (lam1 - lam0).abs()
 
 
+@checked_class
 @dataclass(frozen=True)
 class NoiseScale(OwnEta):
     """eta^2 = d log phi/d log x - 1 at the level x = sigma/alpha: phi = x is the flow, phi = x^2 the reverse SDE.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdeflow import grids
+from sdeflow.checked import checked_class
 from sdeflow.noise import RESTART, Noise
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sde import Problem
@@ -16,6 +17,7 @@ from sdeflow.solvers.base import Solver, Stepper, View, semilinear
 from sdeflow.solvers.edm import EDMHeun
 
 
+@checked_class
 @dataclass(frozen=True)
 class RestartInterval:
     """`repeats` times from level `low` up to `high` by fresh noise, and down in `steps` steps (levels sigma/alpha)."""
@@ -28,10 +30,13 @@ class RestartInterval:
     def __post_init__(self) -> None:
         if not 0 < self.low < self.high:
             raise ValueError(f"RestartInterval: expected 0 < low < high, got {self.low!r} and {self.high!r}")
-        if self.repeats < 1 or self.steps < 1:
-            raise ValueError(f"RestartInterval: expected repeats, steps >= 1, got {self.repeats!r}, {self.steps!r}")
+        if not (1 <= self.repeats <= 1_000_000 and 1 <= self.steps <= 1_000_000):
+            raise ValueError(
+                f"RestartInterval: expected repeats, steps >= 1, got {self.repeats!r}, {self.steps!r} (at most 10^6)"
+            )
 
 
+@checked_class
 @dataclass(frozen=True)
 class Restart(Solver):
     """`solver` with restarts: noise added at a level contracts the error accumulated above it.

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked_class
 from sdeflow.model import Model
 from sdeflow.noise import Noise
 from sdeflow.reverse import ReverseSDE
@@ -63,6 +64,7 @@ class Coupled:
     nfe: int
 
 
+@checked_class
 @dataclass(frozen=True)
 class Reversible(Solver):
     """The reversible coupling of a Runge-Kutta method, run in a variable of the flow.
@@ -100,6 +102,7 @@ class Reversible(Solver):
 
     @property
     def order(self) -> int:
+        """That of the method it couples."""
         return self.base.order
 
     def check(self, problem: Problem) -> None:

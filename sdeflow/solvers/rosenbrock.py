@@ -137,6 +137,9 @@ class Rosenbrock(Solver):
 
     Where the drift hides x from autograd (`detach`, `no_grad`), it passes for constant in x, which keeps the order and
     loses the stability. Under `torch.inference_mode` the problem's own tensors must have been made outside it.
+
+    Args:
+        tableau: its coefficients; with `b_hat` it also solves to a tolerance.
     """
 
     tableau: RosenbrockTableau

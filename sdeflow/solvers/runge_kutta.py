@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked, checked_class
 from sdeflow.plan import Plan
 from sdeflow.sde import Problem
 from sdeflow.solvers import tableaus
@@ -20,9 +21,14 @@ from sdeflow.solvers.embedded import RungeKuttaPair
 from sdeflow.solvers.tableaus import Tableau
 
 
+@checked_class
 @dataclass(frozen=True)
 class RungeKutta(LinearSolver):
-    """An explicit Runge-Kutta method x' = x + h sum_i b_i k_i, k_i = f(x + h sum_j a_ij k_j, t + c_i h)."""
+    """An explicit Runge-Kutta method x' = x + h sum_i b_i k_i, k_i = f(x + h sum_j a_ij k_j, t + c_i h).
+
+    Args:
+        tableau: its c, a and b; with `b_error` the method also solves to a tolerance.
+    """
 
     tableau: Tableau
 
@@ -32,6 +38,7 @@ class RungeKutta(LinearSolver):
 
     @property
     def order(self) -> int:
+        """The order of convergence that its tableau declares."""
         return self.tableau.order
 
     @property
@@ -125,6 +132,7 @@ def RK45() -> RungeKutta:
     return RungeKutta(tableaus.DORMAND_PRINCE)
 
 
+@checked
 def for_tolerance(rtol: float) -> RungeKutta:
     """The pair for an ODE that is not stiff: Tsit5 for rtol above 1e-6, DOP853 from there down.
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked_class
 from sdeflow.plan import Plan, eta_key
 from sdeflow.sde import Problem
 from sdeflow.solvers.base import LinearSolver, View, semilinear
 from sdeflow.solvers.exponential_rk import ExponentialRK
 
 
+@checked_class
 @dataclass(frozen=True)
 class SEEDS(LinearSolver):
     """SEEDS of order 1 to 3: single steps in noise prediction with `order` calls; reads the problem's eta.

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from sdeflow.calculus import NoiseKind
+from sdeflow.checked import checked_class, numbers
 from sdeflow.sde import SDE
 from sdeflow.solvers.stochastic import H, StochasticSolver, Terms
 from sdeflow.solvers.stratonovich import StochasticHeun
 
 
+@checked_class
 @dataclass(frozen=True, eq=False)
 class Splitting(StochasticSolver):
     """Strang splitting for a stiff or oscillating linear part: dx = A x dt + (f - A x) dt + G dW.
@@ -34,7 +36,7 @@ class Splitting(StochasticSolver):
     areas: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        linear = torch.as_tensor(self.linear, dtype=torch.float64)
+        linear = numbers(self.linear, "linear")
         if not bool(torch.isfinite(linear).all()):
             raise ValueError(f"Splitting: expected a finite linear part, got {self.linear!r}")
         if not isinstance(self.inner, StochasticSolver):

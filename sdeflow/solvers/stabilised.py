@@ -10,9 +10,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from sdeflow.calculus import NoiseKind
+from sdeflow.checked import checked_class
 from sdeflow.solvers.stochastic import H, StochasticSolver, Terms
 
 
+@checked_class
 @dataclass(frozen=True)
 class SKROCK(StochasticSolver):
     """Second-kind stabilised Chebyshev method: an explicit Euler-Maruyama for drifts of rate about stages^2/h.
@@ -36,8 +38,8 @@ class SKROCK(StochasticSolver):
     strong: ClassVar[float] = 0.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or self.stages < 1:
-            raise ValueError(f"SKROCK: expected stages >= 1, got {self.stages!r}")
+        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or not 1 <= self.stages <= 10_000:
+            raise ValueError(f"SKROCK: expected stages >= 1, got {self.stages!r} (at most 10000)")
         if not (math.isfinite(self.damping) and self.damping > 0):
             raise ValueError(f"SKROCK: expected damping > 0, got {self.damping!r}")
 

@@ -29,6 +29,15 @@ def _sum(row: tuple[Coefficient, ...]) -> float:
 class Tableau:
     """Stages c_i, a_ij (strictly lower rows) and weights b of an explicit Runge-Kutta method.
 
+    Args:
+        name: for tables and messages.
+        order: of convergence, as declared; `check_solver` fits it.
+        c, a, b: the stages' times, rows and weights, as floats or fractions.
+        b_error, b_error_low: weights of the error estimates, as the module says; None for a method without.
+        dense: coefficients of the interpolant a stage, as the module says.
+        extra_c, extra_a: stages that only dense output needs.
+        reference: where it comes from.
+
     Raises:
         ValueError: the rows do not have the sizes of an explicit method, or break
             sum(b) = 1, sum_j a_ij = c_i, sum(b_error) = 0.

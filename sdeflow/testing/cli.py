@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from sdeflow.checkpoints import write_atomically
+from sdeflow.cli_options import AsJson, Seed, check_file
+from sdeflow.cli_outcome import running, say_json
 from sdeflow.sde import SDE
 from sdeflow.testing.emit import emitted
 from sdeflow.testing.sde import check_sde
@@ -15,31 +17,34 @@ from sdeflow.user_code import find
 
 
 def check_command(
+    context: typer.Context,
     target: Annotated[str, typer.Argument(metavar="FILE.py:NAME", help="An SDE, its class, or module:NAME. Runs it.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     event: Annotated[
         str | None, typer.Option(help="Shape of one sample, as 3 or 2,8; default: the class's own, or probed.")
     ] = None,
     points: Annotated[int, typer.Option(help="Points at which identities are evaluated.", min=1)] = 24,
-    seed: Annotated[int, typer.Option(help="Of the points and the trial density.")] = 0,
+    seed: Seed = 0,
     emit_tests: Annotated[
-        Path | None, typer.Option(help="Also write a pytest file that checks the SDE at random points.", dir_okay=False)
+        Path | None, typer.Option(help="Also write a pytest file that checks the SDE at random points.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Check everything derived from an SDE, identity by identity. Runs the file (or imports the module) it is in.
 
     The SDE may also define log_density(x, t), score(x, t), marginal(x0, t), reverse_drift(x, t, score) and
     flow_drift(x, t, score): what it claims is checked. Exit status 0 if no identity fails, else 1.
     """
-    try:
+    with running(context, lambda: "nothing was written; to start anew: {again}", as_json=as_json):
+        if emit_tests is not None:
+            check_file(emit_tests)
         sde = as_sde(find(target, SDE), target)
         report = check_sde(sde, event=_shape(event), points=points, seed=seed)
         if emit_tests is not None:
+            emit_tests.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(emit_tests, emitted(target, sde, emit_tests).encode())
-    except (OSError, TypeError, ValueError) as error:
-        raise SystemExit(f"sdeflow check: {error}") from error
     if as_json:
-        print(report.to_json())
+        emitted_to = {} if emit_tests is None else {"file": str(emit_tests)}
+        say_json(report.to_dict() | emitted_to)
     else:
         report.print()
         failed = sum(f.verdict == "fail" for f in report.findings)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import PREDICTIONS, Model, as_model
 from sdeflow.sde import SDE
@@ -300,6 +301,7 @@ def _stein(subject: _Subject, samples: Tensor | None, seed: int) -> Finding:
 # ---- the whole
 
 
+@checked
 def check_model(
     model: Model | Callable[..., Tensor],
     *,

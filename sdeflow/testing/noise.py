@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.bridge import Increment
+from sdeflow.checked import checked
 from sdeflow.noise import AREA, PATH, PRIOR, Antithetic, Noise, NoiseSource, Seeded
 from sdeflow.testing.report import Finding, Report
 from sdeflow.testing.worst import Worst
@@ -306,6 +307,7 @@ def _reseeded(source: Any) -> NoiseSource | None:
     return dataclasses.replace(source, seed=known + 1)  # type: ignore[return-value]
 
 
+@checked
 def check_noise(source: NoiseSource | None = None, *, seed: int = 0, samples: int = 4096) -> Report:
     """Hold a noise source to the law of Brownian motion, and to noise that belongs to the sample.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.linear import LinearSDE
 from sdeflow.moments import mean_and_covariance, moments
@@ -27,6 +28,7 @@ from sdeflow.testing.reversal import HandWritten, Setting, reversal_identities
 _DECLARABLE = ("affine", "homogeneous", "additive", "commutative")
 
 
+@checked
 def check_sde(
     sde: SDE,
     *,

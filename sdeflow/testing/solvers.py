@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from sdeflow.checked import checked
 from sdeflow.plan import Plan
 from sdeflow.sde import Problem
 from sdeflow.solvers.base import Solver
@@ -24,6 +25,7 @@ from sdeflow.testing.solver_checks.strong_orders import constant_noise_finding, 
 from sdeflow.testing.solver_checks.weak_orders import moments_finding, weak_finding
 
 
+@checked
 def check_solver(
     solver: Solver,
     *,

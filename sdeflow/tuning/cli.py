@@ -3,27 +3,55 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from sdeflow.bench.methods import METHODS
-from sdeflow.checkpoints import load_model
+from sdeflow.cli_options import (
+    Address,
+    AsJson,
+    Device,
+    EngineName,
+    ModelName,
+    Seed,
+    Threads,
+    Workers,
+    check_file,
+    check_names,
+    complete_solver,
+    device_named,
+    dtype_named,
+    model_named,
+    progress_shown,
+    solver_makers,
+)
+from sdeflow.cli_outcome import running, say_json
+from sdeflow.engine import named
 from sdeflow.tuning.fit import tune
+
+_DTYPES = ("float32", "float64")
 
 
 def tune_command(
-    model: Annotated[str, typer.Argument(help='A shipped model ("digits") or a checkpoint.')],
+    context: typer.Context,
+    model: ModelName,
     steps: Annotated[int, typer.Option(help="Of the plan.", min=1)],
-    out: Annotated[Path, typer.Option(help="The JSON file to write.", dir_okay=False)],
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")],
     solver: Annotated[
-        str, typer.Option(help="Name of a deterministic solver, from `sdeflow solvers`.")
+        str,
+        typer.Option(help="Name of a deterministic solver, see sdeflow solvers.", autocompletion=complete_solver),
     ] = "GaussianSplit(3)",
     calibration: Annotated[int, typer.Option(help="Noises to fit to.", min=2)] = 64,
     iterations: Annotated[int, typer.Option(help="Of each stage by gradient.", min=0)] = 60,
     coefficients: Annotated[bool, typer.Option(help="Fit the coefficients too.")] = True,
-    seed: Annotated[int, typer.Option(help="Of the noises.")] = 0,
-    threads: Annotated[int, typer.Option(help="Of torch.", min=1)] = 1,
+    seed: Seed = 0,
+    dtype: Annotated[str, typer.Option(help="Of the samples that it is fitted to: float32 or float64.")] = "float32",
+    device: Device = "cpu",
+    threads: Threads = 1,
+    engine: EngineName = "local",
+    address: Address = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
 ) -> None:
     """Fit the grid and the coefficients of a solver to MODEL, for a number of steps, and write the plan.
 
@@ -32,21 +60,28 @@ def tune_command(
     """
     import torch
 
-    torch.set_num_threads(threads)
-    try:
-        if solver not in METHODS or METHODS[solver].adaptive:
-            raise ValueError(f"unknown solver {solver!r}: see sdeflow solvers")
+    with running(context, lambda: "nothing was written; to start anew: {again}", as_json=as_json) as stop:
+        makers = solver_makers()
+        check_names([solver], makers, "solver", "a name from sdeflow solvers")
+        check_file(out)
+        at = named(engine, address=address, workers=workers)
+        where, kind = device_named(device), dtype_named(dtype, _DTYPES)
+        torch.set_num_threads(threads)
+        made = model_named(model)
+        net: Any = made.net
+        net.to(where, kind)
         plan = tune(
-            load_model(model), METHODS[solver].make(), steps, calibration=calibration, iterations=iterations,
-            coefficients=coefficients, seed=seed, progress=True,
+            made, makers[solver](), steps, calibration=calibration, iterations=iterations,
+            coefficients=coefficients, seed=seed, dtype=kind, device=where,
+            engine=None if engine == "local" and workers is None else at, progress=progress_shown(),
         )  # fmt: skip
+        stop.check()
         out.parent.mkdir(parents=True, exist_ok=True)
         plan.save(out)
-    except KeyboardInterrupt:
-        raise SystemExit("sdeflow tune: interrupted; nothing was written") from None
-    except (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise SystemExit(f"sdeflow tune: {error}") from error
     note = plan.note or {}
+    if as_json:
+        say_json({"note": note, "file": str(out)})
+        return
     print(
         f"{note['what']}: median error {note['held_out']:.2e} on held-out noises, {note['train']:.2e} on the fitted, "
         f"{note['held_out_start']:.2e} on the best grid untuned ({note['start']})"

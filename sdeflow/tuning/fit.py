@@ -6,12 +6,16 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sdeflow import grids
+from sdeflow.checked import checked
+from sdeflow.engine.base import Engine
 from sdeflow.grids import GridFunction
 from sdeflow.metrics import trajectory_error
 from sdeflow.model import Model
@@ -39,6 +43,7 @@ class _Candidate(NamedTuple):
     loss: float
 
 
+@checked
 def tune(
     model: Model,
     solver: Solver,
@@ -53,6 +58,7 @@ def tune(
     t_span: tuple[float, float] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    engine: Engine | None = None,
     progress: bool = False,
 ) -> Plan:
     """A plan of `solver` with `steps` steps whose grid, and coefficients, are fitted to the flow of `model`.
@@ -79,6 +85,7 @@ def tune(
         iterations: of each stage by gradient.
         t_span: (start, end) instead of the process's own.
         dtype, device: of the samples; those of the network unless given, else float32 on the CPU.
+        engine: where the two grids are fitted, `sdeflow.engine.Ray(...)` for instance; in this process unless given.
         progress: show a progress bar (needs tqdm).
 
     Raises:
@@ -97,8 +104,14 @@ def tune(
 
     begun = _starts(problem, solver, steps, span, starts, goal, fit)
     candidates = [candidate for candidate, _ in begun[:1]]
-    for candidate, warp in begun[:2]:
-        candidates.append(_warped(problem, solver, warp, candidate, steps, goal, fit, iterations, bar))
+    work = _WarpWork(problem, solver, begun[:2], steps, goal, fit, iterations)
+    if engine is None:
+        candidates += [work(k, bar) for k in range(len(work.begun))]
+    else:
+        fitted = dict(engine.map(work, range(len(work.begun))))
+        candidates += [fitted[k] for k in sorted(fitted)]
+        for _ in range(iterations * len(fitted)):
+            next(bar)
     if coefficients and single_rows(candidates[0].table):
         candidates += _with_coefficients(problem, candidates, goal, fit, iterations, bar)
     losses = [_loss(_end(problem, c.table, goal, choice), goal, choice) for c in candidates]
@@ -196,6 +209,25 @@ def _starts(
     if not found:
         raise ValueError(f"none of the grids {', '.join(starts)} fits {solver.name} from {span[0]:g} to {span[1]:g}")
     return sorted(found, key=lambda pair: pair[0].loss)
+
+
+@dataclass
+class _WarpWork:
+    """The fits of the grid from the best starts, each an item of its own."""
+
+    problem: ReverseSDE
+    solver: Solver
+    begun: list[tuple[_Candidate, Warp]]
+    steps: int
+    goal: Teacher
+    part: slice
+    iterations: int
+
+    def __call__(self, k: int, bar: Iterator[int] | None = None) -> _Candidate:
+        start, warp = self.begun[k]
+        return _warped(
+            self.problem, self.solver, warp, start, self.steps, self.goal, self.part, self.iterations, bar or repeat(0)
+        )
 
 
 def _warped(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sdeflow import grids
+from sdeflow.checked import checked
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.grids import GridFunction
 from sdeflow.grids.shared import ends, finish
@@ -75,6 +76,7 @@ def _pilot(model: Model, shape: tuple[int, ...] | None, pilots: int, seed: int) 
     return _Pilot(process, lam, flat[0] / process.alpha(times)[:, None, None], flat[1], keep)
 
 
+@checked
 def equal_local_error(
     model: Model, *, shape: tuple[int, ...] | None = None, order: int = 2, pilots: int = 16, seed: int = 0
 ) -> GridFunction:
@@ -100,6 +102,7 @@ def equal_local_error(
     return _of_density(pilot, (pilot.keep * size) ** (1 / (order + 1)), "equal_local_error")
 
 
+@checked
 def score_change(
     model: Model, *, shape: tuple[int, ...] | None = None, pilots: int = 16, seed: int = 0
 ) -> GridFunction:
@@ -109,6 +112,7 @@ def score_change(
     return _of_density(pilot, (torch.exp(2 * pilot.lam) * slope.square().mean((1, 2))) ** (1 / 3), "score_change")
 
 
+@checked
 def shortest_path(
     model: Model, *, shape: tuple[int, ...] | None = None, pilots: int = 16, seed: int = 0
 ) -> GridFunction:

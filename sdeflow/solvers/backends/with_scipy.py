@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked_class
 from sdeflow.noise import Noise
 from sdeflow.pid import PID
 from sdeflow.sde import Problem
@@ -29,6 +30,7 @@ from sdeflow.solvers.base import Stepper
 _SCIPY = ("RK23", "RK45", "DOP853", "Radau", "BDF", "LSODA")
 
 
+@checked_class
 @dataclass(frozen=True)
 class Scipy(Backend):
     """A method of `scipy.integrate.solve_ivp`, step by step: "RK23", "RK45", "DOP853", "Radau", "BDF" or "LSODA".

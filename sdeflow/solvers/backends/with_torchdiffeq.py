@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked_class
 from sdeflow.noise import Noise
 from sdeflow.pid import PID
 from sdeflow.sde import Problem
@@ -32,6 +33,7 @@ _ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 _FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
 
 
+@checked_class
 @dataclass(frozen=True)
 class Torchdiffeq(Backend):
     """A method of torchdiffeq (Chen et al. 2018, Neural ODEs): `pip install 'sdeflow[peers]'`.

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked_class
 from sdeflow.interop import flat_diffusion
 from sdeflow.noise import Noise, fresh_seed
 from sdeflow.pid import PID
@@ -49,6 +50,7 @@ _METHODS = {
 }
 
 
+@checked_class
 @dataclass(frozen=True)
 class Torchsde(Backend):
     """A method of torchsde (Li et al. 2020, Scalable gradients for SDEs): `pip install 'sdeflow[peers]'`.

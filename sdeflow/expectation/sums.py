@@ -1,0 +1,108 @@
+"""Partial sums of independent units: what a range of indices gives, and how ranges are joined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Drawn(NamedTuple):
+    """Units that were simulated.
+
+    Attributes:
+        values: float64 (n, k).
+        ok: bool (n,), False for a unit with a sample that failed or a value that is not finite.
+        calls: model calls, summed over the samples.
+    """
+
+    values: Tensor
+    ok: Tensor
+    calls: float
+
+
+def concatenated(parts: Sequence[Drawn]) -> Drawn:
+    """Units of adjacent ranges, in order."""
+    return Drawn(torch.cat([p.values for p in parts]), torch.cat([p.ok for p in parts]), sum(p.calls for p in parts))
+
+
+Units = Callable[[int, int], Drawn]
+"""`units(a, b)`: the units of indices a..b-1; a pure function, so that any range can be computed anywhere."""
+
+
+class Sums(NamedTuple):
+    """Of units: how many, how many of them failed, their calls, and mean and sum of squared deviations (k,)."""
+
+    size: int
+    failed: int
+    calls: float
+    mean: Tensor
+    squares: Tensor
+
+    @property
+    def good(self) -> int:
+        """Units that did not fail."""
+        return self.size - self.failed
+
+    @property
+    def variance(self) -> Tensor:
+        """The sample variance (k,) of a unit; NaN of fewer than two."""
+        return self.squares / (self.good - 1) if self.good > 1 else torch.full_like(self.squares, torch.nan)
+
+
+def sums_of(drawn: Drawn) -> Sums:
+    """The sums of a range; failed units are only counted."""
+    good = drawn.values[drawn.ok]
+    mean = good.mean(0) if len(good) else torch.zeros_like(drawn.values[0])
+    return Sums(len(drawn.ok), len(drawn.ok) - len(good), drawn.calls, mean, (good - mean).square().sum(0))
+
+
+def merge(first: Sums, second: Sums) -> Sums:
+    """The sums of two disjoint ranges (Chan, Golub and LeVeque 1983, Algorithms for computing the sample variance)."""
+    n, m = first.good, second.good
+    gap, share = second.mean - first.mean, m / max(n + m, 1)
+    return Sums(
+        first.size + second.size,
+        first.failed + second.failed,
+        first.calls + second.calls,
+        first.mean + share * gap,
+        first.squares + second.squares + n * share * gap.square(),
+    )
+
+
+def sums_in(units: Units, bounds: tuple[int, int]) -> Sums:
+    """The sums of one range of indices."""
+    return sums_of(units(*bounds))
+
+
+def gather(units: Units, first: int, last: int, block: int, throw: bool) -> Sums:
+    """The sums of the indices first..last-1, computed `block` at a time and joined in order.
+
+    Raises:
+        ArithmeticError: a unit failed, and `throw` is set.
+    """
+    ranges = [(a, min(a + block, last)) for a in range(first, last, block)]
+    return joined(map(partial(sums_in, units), ranges), throw)
+
+
+def joined(parts: Iterable[Sums], throw: bool) -> Sums:
+    """The sums of all parts; errors as `gather`."""
+    total: Sums | None = None
+    for part in parts:
+        total = part if total is None else merge(total, part)
+        refuse_failed(total.failed, total.size, throw)
+    assert total is not None
+    return total
+
+
+def refuse_failed(failed: int, count: int, throw: bool) -> None:
+    """Raise if a unit failed and `throw` is set, or if all did."""
+    if failed and (throw or failed == count):
+        way = "" if failed == count else "; pass throw=False to get the mean over the others, with their number"
+        raise ArithmeticError(
+            f"{failed} of {count} samples (or pairs) failed: the solve did not finish, or the functional is not "
+            f"finite{way}"
+        )
