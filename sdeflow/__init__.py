@@ -2,10 +2,26 @@
 
 from importlib.metadata import version as _version
 
-from sdeflow import bench, grids, guidance, inverse, losses, metrics, nets, problems, solvers, testing, tuning
+from sdeflow import (
+    bench,
+    engine,
+    grids,
+    guidance,
+    inverse,
+    losses,
+    metrics,
+    nets,
+    problems,
+    solvers,
+    statistics,
+    testing,
+    tuning,
+)
 from sdeflow.brownian import BrownianPath
 from sdeflow.checkpoints import load_model, save_model
 from sdeflow.coding import decode, encode, interpolate, interpolate_data
+from sdeflow.dataset import Dataset
+from sdeflow.ensemble import Ensemble, PriorStart, ensemble
 from sdeflow.expectation import Expectation, expect
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.known import GBM, RotationGBM, SigmoidOU, SinhOU, Student
@@ -20,6 +36,7 @@ from sdeflow.pushforward import Pushforward
 from sdeflow.recommendation import Recommendation, recommend
 from sdeflow.recorded import RecordedPath
 from sdeflow.reverse import ReverseSDE
+from sdeflow.sample_run import sample_to
 from sdeflow.sampling import sample
 from sdeflow.sde import ODE, SDE
 from sdeflow.solution import Solution, SolveError, State, Stats, Status
@@ -44,6 +61,9 @@ __all__ = [
     "SamePath",
     "RecordedPath",
     "CosineVP",
+    "Dataset",
+    "Ensemble",
+    "PriorStart",
     "Expectation",
     "DiscreteVP",
     "GaussianSDE",
@@ -74,6 +94,8 @@ __all__ = [
     "decode",
     "elbo",
     "encode",
+    "engine",
+    "ensemble",
     "expect",
     "grids",
     "guidance",
@@ -90,9 +112,11 @@ __all__ = [
     "problems",
     "recommend",
     "sample",
+    "sample_to",
     "save_model",
     "solve",
     "solvers",
+    "statistics",
     "testing",
     "tune",
     "tuning",

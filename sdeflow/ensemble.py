@@ -51,7 +51,13 @@ class PathWork:
 
 @dataclass
 class PriorStart:
-    """The prior of a process, sample by sample: a start for its reversal."""
+    """The prior of a process, sample by sample: a start for its reversal.
+
+    Args:
+        problem: the reversal; its process draws the prior.
+        shape: of one sample.
+        seed: of the prior.
+    """
 
     problem: ReverseSDE
     shape: tuple[int, ...]

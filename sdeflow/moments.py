@@ -11,7 +11,6 @@ from collections import Counter
 
 import numpy as np
 import torch
-from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from sdeflow.checked import checked
@@ -57,6 +56,8 @@ def moments(
 
     def slope(time: float, packed: np.ndarray) -> np.ndarray:
         return (packed.reshape(first.shape) @ _generator(sde, event, time, basis).T).ravel()
+
+    from scipy.integrate import solve_ivp  # slow to import
 
     run = solve_ivp(slope, (start, t), first.numpy().ravel(), method="DOP853", rtol=1e-11, atol=1e-13)
     if not run.success:

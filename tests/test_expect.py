@@ -18,7 +18,7 @@ from sdeflow.expectation import multilevel, pilot, run
 from sdeflow.expectation.allocation import numbers
 from sdeflow.expectation.control_variate import Controlled
 from sdeflow.expectation.estimate import quantile
-from sdeflow.expectation.gaussian_law import gaussian_law
+from sdeflow.expectation.gaussian_law import _Given, gaussian_law
 from sdeflow.expectation.led_noise import Led, leading_nodes
 from sdeflow.expectation.plain import Plain
 from sdeflow.expectation.simulation import simulation
@@ -306,6 +306,13 @@ def test_the_law_of_a_gaussian_map_is_that_of_its_steps():
     assert torch.allclose(drawn.values.mean(0), moments(runs).mean(0), atol=0.03)
 
 
+def test_the_normals_of_an_area_have_its_variance():
+    walk = _Given(torch.ones(1, 6, dtype=F64)).bind(1, None, "cpu")
+    walk = walk.walk(torch.tensor([0.0, 0.5, 2.0], dtype=F64), (1,), F64, areas=True)
+    assert float(walk(1).w) == pytest.approx(math.sqrt(1.5))
+    assert float(walk(1).h) == pytest.approx(math.sqrt(1.5 / 12))
+
+
 def test_a_solve_that_is_not_affine_has_no_law():
     assert gaussian_law(simulated(problem=Well())) is None
     assert gaussian_law(simulated(problem=GBM, solver=Milstein())) is None
@@ -486,6 +493,9 @@ def test_a_plan_and_a_general_noise():
         ({"tol": 0.1, "eta": 1.0}, "eta belongs"),
         ({"tol": 0.1, "shape": (1,)}, "its own shape"),
         ({"tol": 0.1, "control_cost": -1.0}, "control_cost"),
+        ({"tol": 0.1, "control": GBM, "method": "sobol"}, "control belongs"),
+        ({"tol": 0.1, "control": GBM, "steps": None}, "exact law only multilevel"),
+        ({"tol": 0.1, "levels": [4, 8], "method": "plain"}, "levels are those"),
     ],
 )
 def test_arguments_are_refused_before_the_first_step(how, message):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 Method = Literal["plain", "antithetic", "sobol", "control", "multilevel"]
@@ -129,7 +130,7 @@ def _aside(note: str) -> str:
 
 def quantile(confidence: float, dof: Tensor) -> Tensor:
     """The two-sided Student quantile at `confidence`, of the shape of `dof`."""
-    return torch.from_numpy(stats.t.ppf(0.5 + 0.5 * confidence, dof.numpy())).reshape(dof.shape)
+    return torch.from_numpy(np.asarray(special.stdtrit(dof.numpy(), 0.5 + 0.5 * confidence))).reshape(dof.shape)
 
 
 def welch(variances: list[Tensor], dofs: list[int]) -> Tensor:

@@ -86,7 +86,7 @@ def expect(
             of the same noise; "multilevel". "auto" tries all in a pilot and takes plain Monte Carlo unless another is
             cheaper at equal error by a fifth, two standard errors of the pilot allowed for.
         seed: sample i of a seed is the same whatever the others are.
-        pilot: samples of it, at least 64. None is run for a `num` of "plain", "antithetic" or "sobol".
+        pilot: samples of it, at least 64. None is run for a `num` of "plain" or "antithetic".
         batch: samples simulated at once.
         max_num: samples after which it ends, not converged.
         levels: of "multilevel": numbers of steps, or (solver, steps), rising; the last is the law that is meant. None
@@ -112,6 +112,10 @@ def expect(
         functional, problem, x, solver, shape=shape, steps=steps, grid=grid, rtol=rtol, atol=atol, t_span=t_span,
         eta=eta, save=save, seed=checked_seed(seed), dtype=dtype, device=device,
     )  # fmt: skip
+    if levels is not None and method not in ("auto", "multilevel"):
+        raise ValueError(f'levels are those of "multilevel": expected none with method {method!r}')
+    if control is not None and method not in ("auto", "control"):
+        raise ValueError(f'control belongs to method "control": expected none with {method!r}')
     given = _levels(made, levels, coarsest)
     if given:
         made = made.at(*given[-1])
@@ -119,6 +123,8 @@ def expect(
     if made.steps is None and made.grid is None and not made.to_tolerance and not isinstance(solver, Plan):
         if method not in ("auto", "multilevel") or tol is None:
             raise ValueError("expected steps, grid or rtol; only multilevel, with tol, chooses the steps itself")
+        if control is not None or control_mean is not None:
+            raise ValueError("to the exact law only multilevel goes: expected steps, grid or rtol with control")
         return run.to_the_exact_law(coarsest)
     if not _random(made):
         raise ValueError("nothing is random: the start is one state, and the solver draws no noise")

@@ -58,6 +58,7 @@ class Functional(Statistic):
 
     @property
     def count(self) -> int:  # type: ignore[override]  # read only here
+        """Samples taken so far."""
         return self.statistic.count
 
     def empty(self) -> Self:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from sdeflow.gaussian import GaussianSDE
@@ -64,6 +63,8 @@ class GaussianLaw:
             return _pack(a @ phi, a @ m + b, a @ q + q @ a.T + sign * spread)
 
         first = _pack(np.eye(d), np.zeros(d), np.zeros((d, d)))
+        from scipy.integrate import solve_ivp  # slow to import
+
         run = solve_ivp(slope, (start, end), first, method="DOP853", rtol=1e-11, atol=1e-13)
         if not run.success:
             raise ArithmeticError(run.message)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from sdeflow.quadrature import gauss_legendre
@@ -90,6 +89,8 @@ def along_the_flow(at: Setting) -> list[Finding]:
         return torch.cat([v, -divergence(v, y)[:, None]], dim=1).detach().numpy().ravel()
 
     def run(packed: np.ndarray, a: float, b: float) -> Tensor:
+        from scipy.integrate import solve_ivp  # slow to import
+
         found = solve_ivp(slope, (a, b), packed, method="DOP853", rtol=1e-11, atol=1e-12)
         last = torch.from_numpy(found.y[:, -1].reshape(len(x), -1).copy())
         return last if found.success else torch.full_like(last, torch.nan)
@@ -241,6 +242,8 @@ def _quantiles(at: Setting, line: Line, start: float, end: float) -> Finding:
     def slope(t: float, y: np.ndarray) -> np.ndarray:
         states = torch.from_numpy(y.copy())[:, None]
         return flow.drift(at.flat.shaped(states), at.flat.time(_clock(t, len(y)))).detach().numpy().ravel()
+
+    from scipy.integrate import solve_ivp  # slow to import
 
     run = solve_ivp(slope, (start, end), x0.numpy().ravel(), method="DOP853", rtol=1e-11, atol=1e-12)
     first, last = _cdf(line, x0[:, 0], start), _cdf(line, torch.from_numpy(run.y[:, -1].copy()), end)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from scipy.interpolate import CubicSpline
 from torch import Tensor
 
 from sdeflow import grids
@@ -62,6 +61,8 @@ def teacher(problem: ReverseSDE, x: Tensor, span: tuple[float, float], first: in
     end = ends[fine]
     scale = float((end - end.mean(0)).to(torch.float64).square().mean().sqrt()) or 1.0
     clock = _clock(process.lam(kept_times), kept_times, split)
+    from scipy.interpolate import CubicSpline  # slow to import
+
     spline = CubicSpline(clock.numpy(), kept.detach().to("cpu", torch.float64).numpy(), axis=0)
 
     def state(t: Tensor) -> Tensor:
