@@ -143,6 +143,8 @@ class GaussianSDE(SDE):
             t: one time, or one a sample (batch,), in [t0, t1].
         """
         t = align(t, x0)
+        if x0.is_complex() or x0.is_meta:
+            raise TypeError(f"expected x0 as a tensor of real numbers, got {described(x0)}")
         check_within(t, self.t0, self.t1)
         return self.alpha(t).to(x0.dtype) * x0, self.sigma(t).to(x0.dtype)
 

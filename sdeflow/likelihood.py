@@ -357,11 +357,15 @@ def _noise(seed: int, x: Tensor, index: int | Tensor | None) -> Noise:
     return Noise(checked_seed(seed), len(x), index=checked_index(index, len(x)), device=x.device)
 
 
+_MOST_DRAWS = 1_000_000
+"""Of one call: each is one or two model calls, or a solve."""
+
+
 def _check_count(value: object, name: str, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"expected {name} to be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"expected {name} >= {least}, got {value}")
+    if not least <= value <= _MOST_DRAWS:
+        raise ValueError(f"expected {name} >= {least}, got {value} (at most {_MOST_DRAWS})")
 
 
 def _prior(flow: ReverseSDE, t1: float, prior: LogDensity | None) -> LogDensity:

@@ -111,6 +111,12 @@ def w2_gaussian(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> flo
     W2^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2); means (D,), covariances (D, D).
     """
     m1, c1, m2, c2 = (v.to(torch.float64) for v in (mean1, cov1, mean2, cov2))
+    d = m1.numel()
+    if m1.shape != (d,) or m2.shape != (d,) or c1.shape != (d, d) or c2.shape != (d, d) or d < 1:
+        got = ", ".join(str(tuple(v.shape)) for v in (m1, c1, m2, c2))
+        raise ValueError(f"expected mean1, cov1, mean2, cov2 of shapes (D,), (D, D), (D,), (D, D), got {got}")
+    if not bool(torch.isfinite(c1).all() & torch.isfinite(c2).all()):
+        raise ValueError("expected finite covariances, got NaN or infinity")
     root = _square_root(c1)
     cross = _square_root(root @ c2 @ root)
     square = (m1 - m2).square().sum() + torch.trace(c1 + c2 - 2 * cross)

@@ -280,7 +280,12 @@ class Model:
         return {**self.conditions, "label": torch.full((x.shape[0],), label, dtype=torch.int64, device=x.device)}
 
     def _input(self, x: Tensor, t: Tensor) -> Tensor:
+        if x.ndim == 0:
+            raise ValueError("expected x of shape (batch, *event), got a single number")
         time = self._time_input(t)
+        if not isinstance(time, Tensor) or time.numel() != t.numel():
+            got = tuple(time.shape) if isinstance(time, Tensor) else type(time).__name__
+            raise ValueError(f"expected time(t) as a tensor of the shape of t, {tuple(t.shape)}, got {got}")
         if not self.expand:
             return time
         return time.to(device=x.device, dtype=x.dtype).flatten().expand(x.shape[0])
@@ -367,7 +372,7 @@ def as_model(model: Model | Callable[..., Tensor], process: SDE) -> Model:
 def _time_input(time: TimeInput, sde: SDE) -> Callable[[Tensor], Tensor]:
     if time is None:
         return lambda t: t
-    if callable(time):
+    if callable(time) and not isinstance(time, type):
         return time
     if time == "discrete" and isinstance(sde, DiscreteVP):
         return sde.index_of_time

@@ -379,6 +379,8 @@ def checked_seed(seed: object) -> int:
 
 def checked_index(index: int | Tensor | None, batch: int) -> Tensor:
     """One index a sample, int64 (batch,)."""
+    batch = int(batch)  # numpy's integers would overflow in the sums below
+    index = int(index) if isinstance(index, np.integer) else index
     if not 1 <= batch < 1 << 40:
         raise ValueError(f"expected at least one sample, and fewer than 2^40, got {batch}")
     if isinstance(index, int) and not -(1 << 63) <= index < (1 << 63) - batch:

@@ -384,6 +384,8 @@ def _eigen(covariances: Tensor, k: int, d: int) -> tuple[Tensor, Tensor | None]:
     """(eigenvalues (K, D), eigenvectors (K, D, D) or None for the coordinate axes)."""
     if covariances.shape == (k, d, d):
         scale = covariances.abs().amax()
+        if not bool(torch.isfinite(scale)):
+            raise ValueError("expected finite covariances, got NaN or infinity")
         if not torch.allclose(covariances, covariances.mT, rtol=0, atol=float(1e-10 * scale)):
             raise ValueError("expected symmetric covariances")
         variances, axes = torch.linalg.eigh(covariances)

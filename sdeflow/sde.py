@@ -40,7 +40,13 @@ def checked_shape(value: object, x: Tensor, what: str) -> Tensor:
     if not isinstance(value, Tensor) or value.shape != x.shape:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{what} returned {got} for x of shape {tuple(x.shape)}: expected the shape of x")
-    return value if value.dtype == x.dtype else value.to(x.dtype)
+    if value.dtype != x.dtype:
+        if value.is_complex():
+            raise ValueError(f"{what} returned {value.dtype} for x of {x.dtype}: expected real numbers")
+        value = value.to(x.dtype)
+    if value.is_meta and not x.is_meta:
+        raise ValueError(f"{what} returned a tensor on meta, without values: expected one on {x.device}")
+    return value
 
 
 class Problem(ABC, OdeCallable):

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sdeflow import grids
+from sdeflow.checked import described
 from sdeflow.grids import GridFunction
 from sdeflow.model import Model
 from sdeflow.solvers.base import Solver
@@ -110,6 +111,9 @@ def methods_named(names: Iterable[str | Method]) -> list[Method]:
     """
     names = [tuned(n) if isinstance(n, str) and n.endswith(".json") else n for n in names]
     found = {n: METHODS[n] for n in _known([n for n in names if isinstance(n, str)], METHODS, "solver")}
+    for n in names:
+        if not isinstance(n, (Method, str)):
+            raise TypeError(f"expected names of solvers, or Methods, got {described(n)}")
     return _nonempty([n if isinstance(n, Method) else found[n] for n in names], "solver")
 
 

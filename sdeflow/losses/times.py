@@ -15,6 +15,9 @@ from torch import Tensor
 from sdeflow.checked import checked
 from sdeflow.gaussian import GaussianSDE
 
+MOST_TIMES = 100_000_000
+"""Times of one batch that anyone can hold."""
+
 _LEFT_OUT = 1e-5
 """The part of the span next to the data that training leaves out."""
 
@@ -37,6 +40,7 @@ def stratified_times(
             sampling ends and above the singular point of the rows that divide by sigma.
         generator: of the offset; None for torch's global one.
     """
+    check_count(n)
     low = lowest(process, t_min)
     ends = torch.atan(torch.exp(-process.lam(torch.tensor([low, process.t1], dtype=torch.float64))))
     share = (torch.arange(n, dtype=torch.float64) + torch.rand((), dtype=torch.float64, generator=generator)) / n
@@ -49,7 +53,7 @@ def uniform_times(
     process: GaussianSDE, n: int, t_min: float | None = None, *, generator: torch.Generator | None = None
 ) -> Tensor:
     """`n` independent times, uniform on [t_min, t1]."""
-    _check_count(n)
+    check_count(n)
     low = lowest(process, t_min)
     return low + (process.t1 - low) * torch.rand(n, dtype=torch.float64, generator=generator)
 
@@ -63,7 +67,7 @@ def offset_times(
     (Kingma et al. 2021, Variational diffusion models, appendix I.1.) Unlike those of `stratified_times` they are
     uniform in t, and each alone has the whole law, so that the mean loss is unbiased also where data are in order.
     """
-    _check_count(n)
+    check_count(n)
     low = lowest(process, t_min)
     u = torch.rand((), dtype=torch.float64, generator=generator)
     return low + (process.t1 - low) * torch.frac(u + torch.arange(n, dtype=torch.float64) / n)
@@ -86,7 +90,7 @@ def log_normal_times(
     Raises:
         ValueError: std is not positive, or the law has no mass on the span to speak of (1e-9).
     """
-    _check_count(n)
+    check_count(n)
     low = lowest(process, t_min)
     ends = -process.lam(torch.tensor([low, process.t1], dtype=torch.float64))
     level = _truncated_normal(ends, n, mean, std, generator)
@@ -110,7 +114,7 @@ def logit_normal_times(
     Raises:
         ValueError: std is not positive, or the law has no mass on the span to speak of (1e-9).
     """
-    _check_count(n)
+    check_count(n)
     low, span = lowest(process, t_min), process.t1 - process.t0
     share = torch.tensor([(low - process.t0) / span, 1.0], dtype=torch.float64)
     logit = _truncated_normal(torch.logit(share), n, mean, std, generator)
@@ -131,9 +135,10 @@ def _truncated_normal(ends: Tensor, n: int, mean: float, std: float, generator: 
     return value.clamp(float(ends[0]), float(ends[1]))
 
 
-def _check_count(n: int) -> None:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"expected n to be an integer >= 1, got {n!r}")
+def check_count(n: int) -> None:
+    """Refuse a number of times that is none."""
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MOST_TIMES:
+        raise ValueError(f"expected n to be an integer from 1 to {MOST_TIMES}, got {n!r}")
 
 
 def lowest(process: GaussianSDE, t_min: float | None) -> float:

@@ -80,8 +80,8 @@ class Replacement(_AfterStep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.resample, bool) or not isinstance(self.resample, int) or self.resample < 1:
-            raise ValueError(f"Replacement: expected resample >= 1, got {self.resample!r}")
+        if isinstance(self.resample, bool) or not isinstance(self.resample, int) or not 1 <= self.resample <= _MOST:
+            raise ValueError(f"Replacement: expected resample >= 1, got {self.resample!r} (at most {_MOST})")
         if self.observation.noise_std != 0:
             raise ValueError(
                 f"Replacement: takes y as exact: expected noise_std = 0, got {self.observation.noise_std:g}; "

@@ -27,6 +27,8 @@ from sdeflow.tuning.schedules import equal_local_error
 from sdeflow.tuning.tables import Tables, Warp, run, slopes, tables
 from sdeflow.tuning.teacher import Teacher, teacher
 
+_MOST = 1_000_000
+"""Steps, noises and iterations that a fit can finish."""
 _FLOOR = 1e-4
 """Errors below this share of the data's spread are as good as none: the loss is the mean of log(error + floor)."""
 _FINE = 512
@@ -152,8 +154,8 @@ def _checked(
     if not isinstance(model, Model):
         raise TypeError(f"expected a Model, got {type(model).__name__}; wrap the network: sf.Model(net, sde, ...)")
     for name, value, least in (("steps", steps, 1), ("calibration", calibration, 2), ("iterations", iterations, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"expected {name} >= {least}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
+            raise ValueError(f"expected {name} >= {least}, got {value!r} (at most {_MOST})")
     problem = model.gaussian.reverse(_repeated(model, 4 * calibration), 0.0)
     if not isinstance(solver, Solver) or isinstance(solver, Plan) or not hasattr(solver, "plan"):
         raise TypeError(f"expected a solver that has a plan, such as sf.solvers.GaussianSplit(), got {solver!r}")
