@@ -23,7 +23,7 @@ from sdeflow.expectation.led_noise import Led, leading_nodes
 from sdeflow.expectation.plain import Plain
 from sdeflow.expectation.simulation import simulation
 from sdeflow.expectation.sobol import Replicates, grown, scrambled_normals, skewed_quantile
-from sdeflow.expectation.sums import Drawn, gather, merge, sums_of
+from sdeflow.expectation.sums import Drawn, Gather, merge, sums_of
 from sdeflow.noise import Noise
 from sdeflow.solvers import DPMSolverPP, Euler, EulerMaruyama, Heun, Milstein, ShARK
 
@@ -154,7 +154,7 @@ def test_ranges_are_joined_as_if_they_were_one():
     assert parts.size == whole.size == 100
     assert torch.allclose(parts.mean, whole.mean, rtol=1e-13)
     assert torch.allclose(parts.squares, whole.squares, rtol=1e-12)
-    assert torch.allclose(gather(units, 0, 100, 7, True).squares, whole.squares, rtol=1e-12)
+    assert torch.allclose(Gather()(units, 0, 100, 7).squares, whole.squares, rtol=1e-12)
 
 
 # ---- what is chosen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
@@ -21,6 +21,13 @@ class Engine(ABC):
     @abstractmethod
     def workers(self) -> int:
         """How many items are computed at the same time, as far as known."""
+
+    def __enter__(self) -> Self:
+        """Keep what the engine starts until the end of the `with`: several maps then pay for it once."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
 
     @abstractmethod
     def map(

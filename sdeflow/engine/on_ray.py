@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 from sdeflow.engine.base import Engine, EngineError, Item, Outcome, checked_workers
 
@@ -16,7 +16,8 @@ class Ray(Engine):
     worker process; items and outcomes are all that travels afterwards.
 
     Ray that was started before (`ray.init`) is used as it is and left running. Without it, `address` is joined, or a
-    Ray of this machine is started on the loopback interface, without a dashboard, and stopped at the end.
+    Ray of this machine is started on the loopback interface, without a dashboard, and stopped at the end of the work,
+    or of `with engine:` around several pieces of it.
 
     Args:
         address: of a running cluster; "auto" for the one this machine belongs to; None for this machine alone.
@@ -48,6 +49,7 @@ class Ray(Engine):
             raise ValueError(f"expected retries >= 0, got {retries!r}")
         self.address, self.cpus, self.gpus, self.retries = address, cpus, gpus, retries
         self.runtime_env = runtime_env
+        self._users, self._ours = 0, False
         self._started = None if workers is None else checked_workers(workers)
         if address is None:  # read when Ray is imported: without it Ray of one machine listens to the network too
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -70,16 +72,25 @@ class Ray(Engine):
         self, work: Callable[[Item], Outcome], items: Iterable[Item], *, memory: int = 0
     ) -> Iterator[tuple[Item, Outcome]]:
         ray = _ray()
-        ours = not ray.is_initialized()
-        if ours:
-            self._start(ray)
-        try:
-            yield from self._tasks(ray, work, iter(items), memory)
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError) as e:
-            raise EngineError(f"a worker of Ray died more than {self.retries} times at one item: {e}") from e
-        finally:
-            if ours:
-                ray.shutdown()
+        died = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
+        with self:
+            try:
+                yield from self._tasks(ray, work, iter(items), memory)
+            except died as error:
+                raise EngineError(f"a worker of Ray died over {self.retries} times at one item: {error}") from error
+
+    def __enter__(self) -> Self:
+        if self._users == 0 and not _ray().is_initialized():
+            self._start(_ray())
+            self._ours = True
+        self._users += 1
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._users -= 1
+        if self._users == 0 and self._ours:
+            self._ours = False
+            _ray().shutdown()
 
     def _start(self, ray: Any) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would call home

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.expectation.estimate import quantile, welch
-from sdeflow.expectation.sums import Drawn, Sums, Units, gather, merge
+from sdeflow.expectation.sums import Drawn, Gather, Sums, Units, merge
 
 LEAST = 128
 """Units of a term, at least: what the normal law of its mean rests on."""
@@ -109,7 +109,7 @@ def numbers(variances: Sequence[Tensor], costs: Sequence[float], target: float) 
 
 
 def sample_terms(
-    terms: Sequence[Term], tol: float, confidence: float, max_num: int, throw: bool, *,
+    terms: Sequence[Term], tol: float, confidence: float, max_num: int, gather: Gather, *,
     before: Sequence[Sums] = (),
 ) -> Sampled:  # fmt: skip
     """Sample until the half-width is at most `tol`, or until `max_num` samples are spent.
@@ -130,7 +130,7 @@ def sample_terms(
         for k, (term, own) in enumerate(zip(terms, sums, strict=True)):
             have = 0 if own is None else own.size
             if wanted[k] > have:
-                new = gather(term.units, have, wanted[k], term.block, throw)
+                new = gather(term.units, have, wanted[k], term.block)
                 sums[k] = new if own is None else merge(own, new)
         state = Sampled(tuple(own for own in sums if own is not None), False)
         if state.half(confidence) <= tol:

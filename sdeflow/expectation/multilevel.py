@@ -23,7 +23,7 @@ from sdeflow.expectation.allocation import Sampled, Term, sample_terms, spread_o
 from sdeflow.expectation.estimate import Level
 from sdeflow.expectation.regions import of_level
 from sdeflow.expectation.simulation import Simulation
-from sdeflow.expectation.sums import Drawn
+from sdeflow.expectation.sums import Drawn, Gather
 
 BIAS_SHARE = 0.25
 """Of a tolerance on the exact law: what the bias may take."""
@@ -129,7 +129,7 @@ class Exact:
 
 def to_the_exact_law(
     levels: Sequence[Simulation], drawn: Sequence[Drawn], first: int, tol: float, confidence: float, max_num: int,
-    batch: int, throw: bool,
+    batch: int, gather: Gather,
 ) -> Exact:  # fmt: skip
     """Add levels until the bias, extrapolated from the last differences, is at most `BIAS_SHARE` of `tol`.
 
@@ -141,7 +141,7 @@ def to_the_exact_law(
     state: Sampled | None = None
     while True:
         state = sample_terms(
-            terms, (1 - BIAS_SHARE) * tol, confidence, max_num, throw, before=() if state is None else state.sums
+            terms, (1 - BIAS_SHARE) * tol, confidence, max_num, gather, before=() if state is None else state.sums
         )
         alpha, beta = rates(state)
         bias = _bias(state, alpha)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sdeflow.engine.base import Engine
 from sdeflow.expectation.allocation import LEAST, Sampled, Term, sample_terms
 from sdeflow.expectation.antithetic import Pairs
 from sdeflow.expectation.estimate import Candidate, Expectation, Method, quantile
@@ -19,7 +21,7 @@ from sdeflow.expectation.pilot import Control, NotApplicable, Pilot, Prepared, c
 from sdeflow.expectation.plain import Plain
 from sdeflow.expectation.simulation import Functional, Simulation, StartMap, simulation
 from sdeflow.expectation.sobol import REPLICATES, Replicates, grown, skewed_quantile
-from sdeflow.expectation.sums import gather, refuse_failed
+from sdeflow.expectation.sums import Gather, refuse_failed
 from sdeflow.model import Model
 from sdeflow.noise import checked_seed
 from sdeflow.plan import Plan
@@ -63,6 +65,7 @@ def expect(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     throw: bool = True,
+    engine: Engine | None = None,
 ) -> Expectation:
     """E f(X) of a sampled or simulated X, with a confidence interval: mean -+ (Student quantile) stderr (+ bias).
 
@@ -102,6 +105,8 @@ def expect(
         dtype, device: of the samples, as in `sample`; a start state has its own.
         throw: an ArithmeticError if a sample fails or its functional is not finite. False leaves those out: the mean is
             then conditional on success, and `failed` counts them.
+        engine: where samples are computed after the pilot, `sdeflow.engine.Ray(...)` for instance, a batch an item (but
+            for Sobol points, which stay here); in this process unless given. The result is the same.
 
     Raises:
         ValueError, TypeError: arguments that do not fit, or a method that this problem does not admit.
@@ -119,13 +124,14 @@ def expect(
     given = _levels(made, levels, coarsest)
     if given:
         made = made.at(*given[-1])
-    run = _Run(made, tol, num, confidence, pilot, batch, max_num, throw)
+    run = _Run(made, tol, num, confidence, pilot, batch, max_num, Gather(throw, engine))
     if made.steps is None and made.grid is None and not made.to_tolerance and not isinstance(solver, Plan):
         if method not in ("auto", "multilevel") or tol is None:
             raise ValueError("expected steps, grid or rtol; only multilevel, with tol, chooses the steps itself")
         if control is not None or control_mean is not None:
             raise ValueError("to the exact law only multilevel goes: expected steps, grid or rtol with control")
-        return run.to_the_exact_law(coarsest)
+        with nullcontext() if engine is None else engine:
+            return run.to_the_exact_law(coarsest)
     if not _random(made):
         raise ValueError("nothing is random: the start is one state, and the solver draws no noise")
     if num is not None and method == "multilevel":
@@ -136,7 +142,8 @@ def expect(
     cost = _control_cost(problem) if control_cost is None else float(control_cost)
     if not (math.isfinite(cost) and cost >= 0):
         raise ValueError(f"expected control_cost >= 0, got {control_cost!r}")
-    return run.by(method, Control(control, mean, cost), given, dimension)
+    with nullcontext() if engine is None else engine:
+        return run.by(method, Control(control, mean, cost), given, dimension)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,13 +157,13 @@ class _Run:
     pilot: int
     batch: int
     max_num: int
-    throw: bool
+    gather: Gather
 
     def by(self, method: str, control: Control, levels: list[tuple[Solver, int]], dimension: int) -> Expectation:
         """By one method, or by the best."""
         if self.num is not None and method in ("plain", "antithetic"):
             return self._number(method)
-        pilot = Pilot(self.simulation, self.pilot, self.batch, self.throw)
+        pilot = Pilot(self.simulation, self.pilot, self.batch, self.gather.throw)
         found, table = [pilot.plain], [pilot.plain.row]
         for name in METHODS[1:]:
             if method not in ("auto", name):
@@ -190,21 +197,21 @@ class _Run:
         assert self.num is not None
         units, samples = (Plain(self.simulation), 1) if method == "plain" else (Pairs(self.simulation), 2)
         block, count = max(1, self.batch // samples), max(2, self.num // samples)
-        own = gather(units, 0, count, block, self.throw)
+        own = self.gather(units, 0, count, block)
         term = Term(method, units, samples, own.variance, own.calls / count, 0.0, block)
         name: Method = "plain" if method == "plain" else "antithetic"
         return self._result(name, [term], Sampled((own,), True), 0.0, ())
 
     def _terms(self, terms: Sequence[Term]) -> Sampled:
         if self.tol is not None:
-            return sample_terms(terms, self.tol, self.confidence, self.max_num, self.throw)
+            return sample_terms(terms, self.tol, self.confidence, self.max_num, self.gather)
         assert self.num is not None
         first = max(2, self.num // terms[0].samples)
         sums = []
         for term in terms:  # the others in the best proportion to the first
             share = (term.variance / term.cost).sqrt() / (terms[0].variance / terms[0].cost).sqrt().clamp(min=1e-300)
             count = first if term is terms[0] else min(max(LEAST, math.ceil(first * float(share.max()))), 100 * first)
-            sums.append(gather(term.units, 0, count, term.block, self.throw))
+            sums.append(self.gather(term.units, 0, count, term.block))
         return Sampled(tuple(sums), True)
 
     def _result(
@@ -257,7 +264,7 @@ class _Run:
             units = units.of(points, offset)
             drawn, first, bad = units.halves(0, REPLICATES)
             calls, num, failed = calls + drawn.calls, num + points * REPLICATES, failed + bad
-            refuse_failed(failed, num, self.throw)
+            refuse_failed(failed, num, self.gather.throw)
             values = drawn.values[drawn.ok]
             if len(values) < 2:
                 raise ArithmeticError("all points of all scrambles but one failed")
@@ -288,11 +295,11 @@ class _Run:
         levels = [self.simulation.at(solver, coarsest << l) for l in range(_PILOT_LEVELS)]
         if not _random(levels[0]):
             raise ValueError("nothing is random: the start is one state, and the solver draws no noise")
-        pilot = Pilot(levels[-1], self.pilot, self.batch, self.throw)
+        pilot = Pilot(levels[-1], self.pilot, self.batch, self.gather.throw)
         drawn = [*pilot.levels(levels[:-1]), pilot.drawn]
         first = best_start(levels, drawn, _PILOT_LEVELS - 3, self.batch)
         found = to_the_exact_law(
-            levels, drawn, first, self.tol, self.confidence, self.max_num, self.batch, self.throw
+            levels, drawn, first, self.tol, self.confidence, self.max_num, self.batch, self.gather
         )  # fmt: skip
         terms, sums = found.terms, found.sampled.sums
         # plain Monte Carlo at the last level's steps: its cost, and the pilot's variance, which hardly depends on them

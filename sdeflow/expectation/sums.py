@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sdeflow.engine.base import Engine
 
 
 class Drawn(NamedTuple):
@@ -78,18 +80,42 @@ def sums_in(units: Units, bounds: tuple[int, int]) -> Sums:
     return sums_of(units(*bounds))
 
 
-def gather(units: Units, first: int, last: int, block: int, throw: bool) -> Sums:
-    """The sums of the indices first..last-1, computed `block` at a time and joined in order.
+class Gather(NamedTuple):
+    """How sums are come by: `gather(units, first, last, block)`.
 
-    Raises:
-        ArithmeticError: a unit failed, and `throw` is set.
+    Attributes:
+        throw: whether a unit that failed is an error.
+        engine: where ranges are computed; in this process unless given.
     """
-    ranges = [(a, min(a + block, last)) for a in range(first, last, block)]
-    return joined(map(partial(sums_in, units), ranges), throw)
+
+    throw: bool = True
+    engine: Engine | None = None
+
+    def __call__(self, units: Units, first: int, last: int, block: int) -> Sums:
+        """The sums of the indices first..last-1, computed `block` at a time and joined in order.
+
+        Raises:
+            ArithmeticError: a unit failed, and `throw` is set.
+        """
+        ranges = ((a, min(a + block, last)) for a in range(first, last, block))
+        work = partial(sums_in, units)
+        if self.engine is None:
+            return joined(map(work, ranges), self.throw)
+        return joined(in_order(self.engine.map(work, ranges), first), self.throw)
+
+
+def in_order(parts: Iterable[tuple[tuple[int, int], Sums]], first: int) -> Iterator[Sums]:
+    """The sums of adjacent ranges (a, b) from `first` on, that come in any order."""
+    waiting: dict[int, tuple[int, Sums]] = {}
+    for (a, b), sums in parts:
+        waiting[a] = b, sums
+        while first in waiting:
+            first, ready = waiting.pop(first)
+            yield ready
 
 
 def joined(parts: Iterable[Sums], throw: bool) -> Sums:
-    """The sums of all parts; errors as `gather`."""
+    """The sums of all parts; errors as `Gather`."""
     total: Sums | None = None
     for part in parts:
         total = part if total is None else merge(total, part)
