@@ -20,7 +20,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,23 +43,6 @@ def table(title: str, *columns: str) -> Table:
     for column in columns:
         made.add_column(column, justify="left" if column in ("run", "figure") else "right")
     return made
-
-
-@contextlib.contextmanager
-def ray_of(workers: int) -> Iterator[Ray]:
-    """One Ray for several runs, so that they do not pay its start-up."""
-    engine = Ray(workers=workers)
-    import ray
-
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        num_cpus=workers, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1",
-        runtime_env={"env_vars": {"PYTHONPATH": os.getcwd()}},
-    )  # fmt: skip
-    try:
-        yield engine
-    finally:
-        ray.shutdown()
 
 
 def workers_of_ray() -> list[int]:
@@ -116,7 +99,7 @@ def bytes_part(num: int, kills: int) -> Table:
     """The content of all samples, however they were computed."""
     made = table(f"{num:,} samples of the digits network, 10 steps", "run", "shards", "killed", "seconds", "content")
     contents = set()
-    with tempfile.TemporaryDirectory() as folder, ray_of(2) as engine:
+    with tempfile.TemporaryDirectory() as folder, Ray(workers=2) as engine:
         runs: list[tuple[str, Engine | None, int, int]] = [
             ("this process", None, num // 20, 0),
             *((f"Ray, shards of {shard:,}", engine, shard, 0) for shard in (CHUNK, 2000, 5000, 20000, num // 2)),
@@ -149,9 +132,9 @@ def overhead_part(num: int) -> Table:
             return sorted(taken[1:])[1]  # the first warms up: workers start and fetch the model
 
         here = median("here", Local(), num)
-        with ray_of(1) as engine:
+        with Ray(workers=1) as engine:
             one = median("one", engine, num)
-        with ray_of(2) as engine:
+        with Ray(workers=2) as engine:
             two = median("two", engine, num)
     made.add_row("this process", f"{here:.2f}", "")
     made.add_row("one Ray worker", f"{one:.2f}", f"{one / here - 1:+.1%} overhead")
@@ -169,7 +152,7 @@ class Nothing:
 def manifest_part(shards: int, tasks: int) -> Table:
     """What grows with the number of shards."""
     made = table("The driver", "figure", "value")
-    with ray_of(2) as engine:
+    with Ray(workers=2) as engine:
         list(engine.map(Nothing(), ((k, 1) for k in range(50))))
         began, busy = time.perf_counter(), time.process_time()
         assert sum(1 for _ in engine.map(Nothing(), ((k, 1) for k in range(tasks)))) == tasks

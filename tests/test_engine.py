@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -340,15 +339,10 @@ def test_what_an_ensemble_refuses(tmp_path):
 
 def test_ray_gives_the_same_bytes_although_its_workers_are_killed(tmp_path):
     """One Ray for both: starting it takes seconds. A worker is killed by its process id as soon as one is known."""
-    engine = Ray()  # before Ray is imported: it then keeps to the loopback interface
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
+    engine = Ray(workers=2)
+    with engine:
+        import ray
 
-    ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1",
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},
-    )  # fmt: skip
-    try:
         assert engine.workers == 2
         assert {node["NodeManagerAddress"] for node in ray.nodes()} == {"127.0.0.1"}
         killed = []
@@ -386,8 +380,7 @@ def test_ray_gives_the_same_bytes_although_its_workers_are_killed(tmp_path):
             list(engine.map(broken, [1]))
         with pytest.raises(EngineError, match="died over 0 times"):
             list(Ray(retries=0).map(always_die, [1]))
-    finally:
-        ray.shutdown()
+    assert not ray.is_initialized()
 
 
 def test_a_pool_writes_the_same_bytes(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -122,3 +123,18 @@ def test_the_command(tmp_path):
         assert result.exit_code != 0
         assert text in result.output + str(result.exception)
     assert not (tmp_path / "other").exists()  # nothing is left of a run that could not begin
+
+
+def test_without_ray_its_engine_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for command in (
+        ["sample", "digits", "--out", str(tmp_path / "a")], ["bench", "--out", str(tmp_path / "a")],
+        ["tune", "digits", "--steps", "4", "--out", str(tmp_path / "a.json")],
+    ):  # fmt: skip
+        result = CliRunner().invoke(app, [*command, "--engine", "ray"])
+        assert result.exit_code == 1
+        assert result.output.count("\n") == 1
+        assert 'needs Ray: pip install "sdeflow[ray]"' in result.output
+    result = CliRunner().invoke(app, ["sample", "digits", "--out", str(tmp_path / "a"), "--engine", "spark"])
+    assert "unknown engine 'spark'" in result.output
+    assert list(tmp_path.iterdir()) == []
