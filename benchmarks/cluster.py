@@ -142,6 +142,12 @@ def overhead_part(num: int) -> Table:
     return made
 
 
+class Wide(Ray):
+    """Ray that is told of 10,000 workers: as many tasks are under way as there would be."""
+
+    workers = 10_000
+
+
 class Nothing:
     """Work of no time."""
 
@@ -154,11 +160,12 @@ def manifest_part(shards: int, tasks: int) -> Table:
     made = table("The driver", "figure", "value")
     with Ray(workers=2) as engine:
         list(engine.map(Nothing(), ((k, 1) for k in range(50))))
-        began, busy = time.perf_counter(), time.process_time()
-        assert sum(1 for _ in engine.map(Nothing(), ((k, 1) for k in range(tasks)))) == tasks
-        wall, cpu = time.perf_counter() - began, time.process_time() - busy
-    made.add_row(f"empty tasks, {tasks}: wall a task", f"{1e3 * wall / tasks:.2f} ms")
-    made.add_row("processor of the driver a task", f"{1e3 * cpu / tasks:.2f} ms")
+        for name, where, count in (("two workers", engine, tasks), ("10,000 workers", Wide(), 20 * tasks)):
+            began, busy = time.perf_counter(), time.process_time()
+            assert sum(1 for _ in where.map(Nothing(), ((k, 1) for k in range(count)))) == count
+            wall, cpu = time.perf_counter() - began, time.process_time() - busy
+            made.add_row(f"{count:,} empty tasks, in flight as for {name}: wall a task", f"{1e3 * wall / count:.2f} ms")
+            made.add_row("    processor of the driver a task", f"{1e3 * cpu / count:.2f} ms")
     with tempfile.TemporaryDirectory() as folder:
         data = Dataset(folder, {"num": shards})
         digest = "0123456789abcdef" * 4

@@ -121,12 +121,15 @@ class Ray(Engine):
                 running[task.remote([held], item)] = item  # in a list: fetched by the worker, not before each task
             if not running:
                 return
-            done, _ = ray.wait(list(running), num_returns=1)
-            try:
-                outcome = ray.get(done[0])
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from error
-            yield running.pop(done[0]), outcome
+            # all that are ready, as to ask costs in proportion to how many are asked about
+            ray.wait(list(running), num_returns=1)
+            done, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
+            for one in done:
+                try:
+                    outcome = ray.get(one)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from error
+                yield running.pop(one), outcome
 
 
 _held: dict[str, Callable[[Any], Any]] = {}
