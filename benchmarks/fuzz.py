@@ -19,12 +19,13 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.fuzzing import files
+from benchmarks.fuzzing import commands, files
 from benchmarks.fuzzing.cases import Case, all_of
 from benchmarks.fuzzing.outcome import VERDICTS, Outcome
 from benchmarks.fuzzing.pools import Skip
 from benchmarks.fuzzing.targets_constructors import TARGETS as CONSTRUCTORS
 from benchmarks.fuzzing.targets_parts import TARGETS as PARTS
+from benchmarks.fuzzing.targets_runs import TARGETS as RUNS
 from benchmarks.fuzzing.targets_solvers import OF_CATALOGUE
 from benchmarks.fuzzing.targets_solvers import TARGETS as SOLVERS
 from benchmarks.fuzzing.targets_solving import TARGETS as SOLVING
@@ -38,13 +39,16 @@ KINDS = {
     "every solver of the catalogue": OF_CATALOGUE,
     "solving, grids, likelihood": SOLVING,
     "losses, metrics, guidance, checks": PARTS,
+    "runs, statistics, bridges": RUNS,
     "files": (),
+    "the command line": (),
 }
 
 
 def cases(kind: str) -> list[Case]:
     """The inputs of a kind."""
-    return files.cases() if kind == "files" else [case for target in KINDS[kind] for case in all_of(target)]
+    apart = {"files": files.cases, "the command line": commands.cases}
+    return apart[kind]() if kind in apart else [case for target in KINDS[kind] for case in all_of(target)]
 
 
 def chosen(number: int | None, seed: int) -> dict[str, list[Case]]:
@@ -64,7 +68,7 @@ def tried(given: Sequence[Case]) -> list[tuple[Case, Outcome]]:
     """The outcomes of those inputs that apply."""
     found = []
     for case in given:
-        faulthandler.dump_traceback_later(60, exit=True)  # a hang that no signal ends
+        faulthandler.dump_traceback_later(150, exit=True)  # a hang that no signal ends
         try:
             found.append((case, case.attempt()))
         except Skip:
@@ -84,10 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     faulthandler.enable()
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
     began, total, forbidden = time.monotonic(), Counter[str](), 0
     print(f"{'':34s}" + "".join(f"{verdict:>20s}" for verdict in VERDICTS) + f"{'inputs':>10s}")
     for kind, given in chosen(options.number, options.seed).items():
+        # the drawing of a report reserves more address space than that
+        limit = most if kind == "the command line" else MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, most))
         outcomes = tried([case for case in given if options.only in str(case)])
         counts = Counter(outcome.verdict for _, outcome in outcomes)
         print(f"{kind:34s}" + "".join(f"{counts[v]:>20d}" for v in VERDICTS) + f"{len(outcomes):>10d}", flush=True)

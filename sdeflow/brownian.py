@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdeflow import bridge
 from sdeflow.bridge import Increment, NodeNormals, Split, as_split, join, only_row, rows_of
-from sdeflow.checked import checked_class
+from sdeflow.checked import checked_class, event_shape
 from sdeflow.noise import Noise
 
 DEPTH = 40
@@ -150,6 +150,7 @@ class BrownianPath:
     ) -> None:
         if len(shape) < 1 or any(n < 1 for n in shape):
             raise ValueError(f"expected shape as (batch, *event), got {shape!r}")
+        event_shape(shape)
         start, end = (float(v) for v in span)
         if not (math.isfinite(start) and math.isfinite(end) and start < end):
             raise ValueError(f"expected a span (start, end) with start < end, got {span!r}")

@@ -99,8 +99,8 @@ def interpolate(a: Tensor, b: Tensor, n: int, mode: Literal["spherical", "linear
     """
     if isinstance(n, bool) or not isinstance(n, int):
         raise TypeError(f"expected an integer number of states n, got {n!r}")
-    if n < 2:
-        raise ValueError(f"expected n >= 2 states, the two ends included, got {n}")
+    if not 2 <= n <= 1_000_000:
+        raise ValueError(f"expected n >= 2 states, the two ends included, got {n} (at most a million)")
     if mode not in ("spherical", "linear"):
         raise ValueError(f'expected mode "spherical" or "linear", got {mode!r}')
     for name, v in (("a", a), ("b", b)):

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdeflow.checked import checked, described, tensor
 from sdeflow.columns import FORMATS, Format, as_bytes
 from sdeflow.dataset import Dataset
 from sdeflow.engine.base import Engine
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sde import Problem
-from sdeflow.shard_run import run_shards
+from sdeflow.shard_run import MOST_SAMPLES, run_shards
 from sdeflow.solution import Solution
 from sdeflow.solve import solve
 from sdeflow.solve_input import Grid, Save
@@ -93,6 +94,7 @@ class Ensemble:
         return statistic.statistic if isinstance(statistic, Functional) else statistic
 
 
+@checked
 def ensemble(
     problem: Problem,
     start: Start,
@@ -145,8 +147,8 @@ def ensemble(
     from sdeflow.solvers import EulerMaruyama
 
     for name, value in (("num", num), ("batch", batch), ("threads", threads)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"expected {name} >= 1, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < MOST_SAMPLES:
+            raise ValueError(f"expected {name} >= 1 and below {MOST_SAMPLES}, got {value!r}")
     empty = dict(statistics or {})
     for name, statistic in empty.items():
         if not isinstance(statistic, Statistic) or not isinstance(name, str) or "/" in name:
@@ -157,6 +159,8 @@ def ensemble(
         raise ValueError("store=True needs a folder: give out")
     if not store and not empty:
         raise ValueError("nothing is asked for: give statistics, or store=True with a folder")
+    if isinstance(start, Tensor) and (not tensor(start) or not start.is_floating_point() or start.numel() == 0):
+        raise TypeError(f"expected start as one state (*event) of floating-point numbers, got {described(start)}")
     if not isinstance(start, Tensor) and not callable(start):
         raise TypeError(f"expected start to be a state (*event) or a function of indices, got {type(start).__name__}")
     solver = EulerMaruyama() if solver is None else solver
@@ -180,6 +184,8 @@ def _saved(save: Save, steps: int | None) -> int:
 
 def _bytes(start: Start) -> int:
     x = start if isinstance(start, Tensor) else start(torch.arange(1))
+    if not tensor(x) or x.ndim < 1:
+        raise ValueError(f"expected start(index) to give states (n, *event), got {described(x)}")
     return x.numel() * x.element_size()
 
 

@@ -143,7 +143,7 @@ class GaussianSDE(SDE):
             t: one time, or one a sample (batch,), in [t0, t1].
         """
         t = align(t, x0)
-        if x0.is_complex() or x0.is_meta:
+        if not tensor(x0):
             raise TypeError(f"expected x0 as a tensor of real numbers, got {described(x0)}")
         check_within(t, self.t0, self.t1)
         return self.alpha(t).to(x0.dtype) * x0, self.sigma(t).to(x0.dtype)
@@ -281,6 +281,8 @@ def _slope(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 
 def _like(value: Any, t: Tensor) -> Tensor:
     try:
+        if isinstance(value, Tensor) and not tensor(value):
+            raise TypeError("no real numbers")
         return torch.as_tensor(value, dtype=torch.float64, device=t.device).expand(t.shape)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(

@@ -27,11 +27,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sdeflow.checked import checked
+from sdeflow.checked import checked, described, tensor
 from sdeflow.combined import Combination, Guided, select, usable_time
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model, row_of
 from sdeflow.sde import checked_shape
+
+_LARGEST = 1e30
+"""Of numbers that multiply or bound float32 states."""
 
 Scale = float | Callable[[Tensor], Any]
 """A strength: a number, or a function of a float64 tensor of times (its shape kept, or a number)."""
@@ -148,19 +151,26 @@ def classifier_guidance(model: Model, log_prob: LogLikelihood, scale: Scale = 1.
 def _gradient(function: Callable[[Tensor], Tensor], x: Tensor, name: str) -> Tensor:
     """grad_x of the sum of function(x), inside no_grad and inference mode too."""
     # a graph only where the caller differentiates: through x, or through parameters of the function
-    keep = torch.is_grad_enabled() and (x.requires_grad or function(x).requires_grad)
+    keep = torch.is_grad_enabled() and (x.requires_grad or _per_sample(function(x), x, name).requires_grad)
     with torch.inference_mode(False), torch.enable_grad():
         leaf = x if keep and x.requires_grad else x.detach().clone().requires_grad_()
-        value = function(leaf)
-        if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"expected {name} to return one number a sample, ({x.shape[0]},), got {got}")
+        value = _per_sample(function(leaf), x, name)
         gradient = None
         if value.requires_grad:
             (gradient,) = torch.autograd.grad(value.sum(), leaf, create_graph=keep, allow_unused=True)
         if gradient is None:
             raise ValueError(f"{name} does not depend on x by torch operations: it has no gradient")
     return gradient
+
+
+def _per_sample(value: object, x: Tensor, name: str) -> Tensor:
+    """What a function of a batch returned, if it is one real number a sample."""
+    if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"expected {name} to return one number a sample, ({x.shape[0]},), got {got}")
+    if not tensor(value):
+        raise ValueError(f"expected {name} to return real numbers, got {described(value)}")
+    return value
 
 
 # ---- classifier-free guidance
@@ -295,6 +305,7 @@ def clip_x0(model: Model, low: float = -1.0, high: float = 1.0) -> Model:
     _ = model.gaussian
     if not _increase(low, high):
         raise ValueError(f"expected low < high, got {low!r} and {high!r}")
+    low, high = max(low, -_LARGEST), min(high, _LARGEST)  # infinite ones do not clip, and do so in every dtype
     return Guided(_Threshold(model, lambda x0: x0.clamp(low, high)), model.sde, "x0")
 
 
@@ -312,8 +323,8 @@ def dynamic_threshold(model: Model, quantile: float = 0.995, floor: float = 1.0)
     _ = model.gaussian
     if not 0 < quantile <= 1:
         raise ValueError(f"expected quantile in (0, 1], got {quantile!r}")
-    if not (math.isfinite(floor) and floor > 0):
-        raise ValueError(f"expected floor > 0, got {floor!r}")
+    if not 0 < floor <= _LARGEST:
+        raise ValueError(f"expected floor > 0, got {floor!r} (at most {_LARGEST:g})")
 
     def clip(x0: Tensor) -> Tensor:
         # by sorting: torch.quantile refuses more than 2^24 numbers, a batch of images
@@ -359,5 +370,5 @@ def check_guidance(model: object, scale: object, **functions: object) -> None:
             raise TypeError(f"expected {name} as a function of (x, t), got {type(function).__name__}")
     if callable(scale):
         return
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"expected scale as a finite number or a function of t, got {scale!r}")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= _LARGEST:
+        raise ValueError(f"expected scale as a finite number (at most {_LARGEST:g}) or a function of t, got {scale!r}")

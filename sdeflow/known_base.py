@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.checked import numbers
+from sdeflow.checked import LARGEST, event_shape, numbers
 from sdeflow.model import Model, as_model
 from sdeflow.noise import DATA, PRIOR, Noise
 from sdeflow.sde import SDE
@@ -33,15 +33,15 @@ _SAMPLING_SHARE = 1e-3
 def positive(**values: float) -> None:
     """Refuse parameters that are not finite numbers > 0."""
     for name, value in values.items():
-        if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-            raise ValueError(f"expected {name} to be a finite number > 0, got {value!r}")
+        if not (isinstance(value, (int, float)) and 0 < value <= LARGEST):
+            raise ValueError(f"expected {name} to be a finite number > 0 (at most {LARGEST:g}), got {value!r}")
 
 
 def finite(**values: float) -> None:
     """Refuse parameters that are not finite numbers."""
     for name, value in values.items():
-        if not (isinstance(value, (int, float)) and math.isfinite(value)):
-            raise ValueError(f"expected {name} to be a finite number, got {value!r}")
+        if not (isinstance(value, (int, float)) and abs(value) <= LARGEST):
+            raise ValueError(f"expected {name} to be a finite number (at most {LARGEST:g}), got {value!r}")
 
 
 class Draws:
@@ -77,6 +77,7 @@ class KnownSDE(SDE):
         positive(t1=t1)
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
             raise ValueError(f"expected dim to be an integer >= 1, got {dim!r}")
+        event_shape((dim,))
         self.event = (dim,)
         self.dim = dim
         self.t1 = float(t1)

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.checked import checked, numbers
+from sdeflow.checked import checked, described, numbers
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,11 @@ def trajectory_error(
     finite = torch.isfinite(a).all(1)
     error = torch.where(finite, (a - b).square().mean(1).sqrt(), torch.inf)
     if centres is not None:
+        if centres.ndim != x.ndim or centres.shape[1:] != x.shape[1:] or len(centres) < 1:
+            raise ValueError(f"expected centres (K, {', '.join(map(str, x.shape[1:]))}), got {tuple(centres.shape)}")
         points = centres.flatten(1).to(a)
+        if not bool(torch.isfinite(points).all()):
+            raise ValueError("expected finite centres, got NaN or infinity")
         flipped = torch.cdist(a, points).argmin(1) != torch.cdist(b, points).argmin(1)
     else:
         spread = float((b - b.mean(0)).square().mean().sqrt())
@@ -115,8 +120,8 @@ def w2_gaussian(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> flo
     if m1.shape != (d,) or m2.shape != (d,) or c1.shape != (d, d) or c2.shape != (d, d) or d < 1:
         got = ", ".join(str(tuple(v.shape)) for v in (m1, c1, m2, c2))
         raise ValueError(f"expected mean1, cov1, mean2, cov2 of shapes (D,), (D, D), (D,), (D, D), got {got}")
-    if not bool(torch.isfinite(c1).all() & torch.isfinite(c2).all()):
-        raise ValueError("expected finite covariances, got NaN or infinity")
+    if not all(bool(torch.isfinite(v).all()) for v in (m1, c1, m2, c2)):
+        raise ValueError("expected finite means and covariances, got NaN or infinity")
     root = _square_root(c1)
     cross = _square_root(root @ c2 @ root)
     square = (m1 - m2).square().sum() + torch.trace(c1 + c2 - 2 * cross)
@@ -161,6 +166,8 @@ def sliced_w2(x: Tensor, y: Tensor, *, projections: int = 128, seed: int = 0, fl
     """
     if x.shape != y.shape:
         raise ValueError(f"expected samples of equal shape, got {tuple(x.shape)} and {tuple(y.shape)}")
+    if not 1 <= projections * x.numel() <= 1 << 33:
+        raise ValueError(f"expected projections >= 1 that fit into memory, got {projections}")
     generator = torch.Generator().manual_seed(seed)
     a, b = (v.detach().flatten(1).to("cpu", torch.float64) for v in (x, y))
     directions = torch.randn(b.shape[1], projections, generator=generator, dtype=torch.float64)
@@ -190,6 +197,10 @@ def _influence(ranked: Tensor, order: Tensor, gap: Tensor) -> Tensor:
     return torch.zeros_like(potential).scatter_(0, order, potential).mean(1)
 
 
+_MOST_DRAWN = 1_000_000_000
+"""Rows of a bootstrap that memory holds."""
+
+
 @checked
 def mmd(
     x: Tensor, y: Tensor, *, bandwidths: Sequence[float] = (0.25, 0.5, 1.0, 2.0, 4.0), bootstrap: int = 100,
@@ -203,14 +214,19 @@ def mmd(
     Args:
         floor: a third exact sample: `Estimate.floor` is its |MMD^2| to y.
     """
-    if x.shape[0] != y.shape[0] or x.shape[0] < 4:
-        raise ValueError(f"expected samples of equal size, at least 4, got {x.shape[0]} and {y.shape[0]}")
+    if x.ndim < 2 or x.shape != y.shape or x.shape[0] < 4:
+        raise ValueError(f"expected samples of one shape, at least 4, got {tuple(x.shape)} and {tuple(y.shape)}")
+    if not 1 <= bootstrap * len(x) <= _MOST_DRAWN:
+        raise ValueError(f"expected bootstrap >= 1, at most {_MOST_DRAWN} samples drawn, got {bootstrap} of {len(x)}")
+    widths = numbers(bandwidths, "bandwidths") if isinstance(bandwidths, (list, tuple, Tensor, np.ndarray)) else None
+    if widths is None or widths.ndim != 1 or widths.numel() == 0 or not bool((widths > 0).all()):
+        raise ValueError(f"expected bandwidths as numbers > 0, got {described(bandwidths)}")
     a, b = (v.detach().flatten(1).to("cpu", torch.float64) for v in (x, y))
     scale = float(torch.cdist(b[:512], b[:512]).flatten().median())
 
     def kernel(u: Tensor, v: Tensor) -> Tensor:
         square = torch.cdist(u, v).square()
-        return torch.stack([torch.exp(-square / (2 * (w * scale) ** 2)) for w in bandwidths]).mean(0)
+        return torch.stack([torch.exp(-square / (2 * (w * scale) ** 2)) for w in widths.tolist()]).mean(0)
 
     def matrix(u: Tensor) -> Tensor:
         """The U-statistic's summand h(i, j), zero on the diagonal."""

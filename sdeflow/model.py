@@ -25,6 +25,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from sdeflow.checked import described, tensor
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.kept import Kept, bits, constant
 from sdeflow.nets.embedding import Conditioned
@@ -184,6 +185,8 @@ class Model:
         """The prediction `as_` at x (batch, *event) and t (one time, or one a sample), of the shape of x."""
         check_prediction(as_)
         t = align(t, x)
+        if not tensor(x):
+            raise TypeError(f"expected x as a tensor of real numbers, got {described(x)}")
         value = self.raw(x, self._input(x, t))
         if as_ == self.prediction:
             return value
@@ -283,11 +286,13 @@ class Model:
         if x.ndim == 0:
             raise ValueError("expected x of shape (batch, *event), got a single number")
         time = self._time_input(t)
-        if not isinstance(time, Tensor) or time.numel() != t.numel():
-            got = tuple(time.shape) if isinstance(time, Tensor) else type(time).__name__
-            raise ValueError(f"expected time(t) as a tensor of the shape of t, {tuple(t.shape)}, got {got}")
+        if not isinstance(time, Tensor):
+            raise ValueError(f"expected time(t) as a tensor of the shape of t, got {type(time).__name__}")
         if not self.expand:
             return time
+        if time.numel() not in (1, x.shape[0]) or time.is_complex():
+            got = f"{time.dtype} of shape {tuple(time.shape)}"
+            raise ValueError(f"expected time(t) as real numbers of the shape of t, {tuple(t.shape)}, got {got}")
         return time.to(device=x.device, dtype=x.dtype).flatten().expand(x.shape[0])
 
     # ---- copies

@@ -44,6 +44,8 @@ def moments(
     start = sde.t0 if s is None else float(s)
     if t < start:
         raise ValueError(f"expected s <= t, got s = {start:g} and t = {t:g}")
+    if x0.ndim < 2 or x0.numel() == 0:
+        raise ValueError(f"expected x0 of shape (batch, *event) with at least one sample, got {tuple(x0.shape)}")
     event = tuple(x0.shape[1:])
     known = structure or sde.structure(event)
     if not known.polynomial:

@@ -10,10 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdeflow.checked import checked_class, numbers
+from sdeflow.checked import LARGEST, checked_class, described, event_shape, numbers, tensor
 from sdeflow.times import as_time
 
 Map = Callable[[Tensor], Tensor]
+
+
+class _Answering:
+    """A function of a batch, whose answer must be a batch of as many rows."""
+
+    def __init__(self, function: Map, name: str) -> None:
+        self.function, self.name = function, name
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        value = self.function(batch)
+        if not tensor(value) or value.ndim < 2 or len(value) != len(batch) or not value.is_floating_point():
+            raise ValueError(
+                f"expected {self.name} to return a floating-point tensor of {len(batch)} rows ({len(batch)}, ...) for "
+                f"a batch of shape {tuple(batch.shape)}, got {described(value)}"
+            )
+        return value
 
 
 @checked_class
@@ -41,8 +57,12 @@ class LinearObservation:
     def __post_init__(self) -> None:
         if not callable(self.forward) or not callable(self.adjoint):
             raise TypeError("expected forward and adjoint as functions of a batch")
-        if not (isinstance(self.noise_std, (int, float)) and math.isfinite(self.noise_std) and self.noise_std >= 0):
-            raise ValueError(f"expected noise_std >= 0, got {self.noise_std!r}")
+        if not (isinstance(self.noise_std, (int, float)) and 0 <= self.noise_std <= LARGEST):
+            raise ValueError(f"expected noise_std >= 0, got {self.noise_std!r} (at most {LARGEST:g})")
+        for name in ("forward", "adjoint"):
+            function = getattr(self, name)
+            if not isinstance(function, _Answering):
+                object.__setattr__(self, name, _Answering(function, name))
 
     def solve(self, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """(a A A^T + b I)^-1 v, for a and b of one element or one a sample."""
@@ -63,7 +83,7 @@ class LinearObservation:
         matrix = numbers(matrix, "matrix")
         if matrix.ndim != 2 or not bool(torch.isfinite(matrix).all()):
             raise ValueError(f"expected a finite matrix (m, D), got shape {tuple(matrix.shape)}")
-        shape = (matrix.shape[1],) if event is None else tuple(event)
+        shape = (matrix.shape[1],) if event is None else event_shape(event)
         if math.prod(shape) != matrix.shape[1]:
             raise ValueError(f"expected an event of {matrix.shape[1]} components, got {shape}")
         values, axes = torch.linalg.eigh(matrix @ matrix.T)
@@ -90,7 +110,7 @@ class LinearObservation:
         Raises:
             ValueError: not a mask of bools, or nothing observed.
         """
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or not bool(mask.any()):
+        if not tensor(mask) or mask.dtype != torch.bool or not bool(mask.any()):
             raise ValueError("expected mask as a tensor of bools of the shape of a sample, with at least one True")
         shape = tuple(mask.shape)
         places = torch.nonzero(mask.flatten()).flatten()

@@ -297,6 +297,12 @@ class Plan(LinearSolver):
         return self.scale_of(self.lengths)
 
     @cached_property
+    def largest(self) -> float:
+        """The largest coefficient by magnitude: a state whose dtype does not hold it cannot be stepped."""
+        tables = (self.ratio, self.weights, self.noise, torch.tensor(self.own_scale, dtype=torch.float64))
+        return max(float(table.abs().max()) for table in tables if table.numel())
+
+    @cached_property
     def _rows(self) -> list[range]:
         """The rows of each step."""
         edges = torch.searchsorted(self.step_of_row, torch.arange(self.steps + 1)).tolist()

@@ -36,12 +36,23 @@ class PlanRun:
         # 16-bit states are combined in float32: their 8 to 11 bits would swallow the increments
         usual = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
         self._work = usual if work is None else work
+        if plan.largest > torch.finfo(self._work).max:
+            raise ValueError(
+                f"{plan.name}: a coefficient of {plan.largest:.1e} is beyond {self._work}, in which the states are "
+                "combined: expected a process of moderate numbers, or float64 states"
+            )
         self._kept: dict[int, Tensor] = {}
         self._row = _rows(plan, problem, x, self._work, self._kept)
         self._noisy = (plan.noise.reshape(plan.nfe, -1) != 0).any(1).tolist() if noise is not None else None
         self._add_noise = _noise_adder(plan, problem, x, noise, self._work)
         self._shift: Tensor | None = None
         if plan.shift is not None and plan.shift_weight is not None and bool((plan.shift != 0).any()):
+            fits = zip(plan.shift.shape[::-1], x.shape[:0:-1], strict=False)
+            if plan.shift.ndim >= x.ndim or any(size not in (1, of_x) for size, of_x in fits):
+                raise ValueError(
+                    f"{plan.name}: expected a mean that fits samples of shape {tuple(x.shape[1:])}, got one of "
+                    f"{tuple(plan.shift.shape)}"
+                )
             self._shift = plan.shift.to(dtype=self._work, device=x.device)
             self._shift_weight = plan.shift_weight.tolist()
         self._kick: list[tuple[float, float]] | None = None

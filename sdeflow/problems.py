@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdeflow.checked import checked, checked_class, numbers
+from sdeflow.checked import LARGEST, checked, checked_class, numbers
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.linear import LinearSDE
 from sdeflow.matrix_kernel import factor_of, inverse_factor, multiply
@@ -315,8 +315,8 @@ class Empirical(Distribution):
             raise ValueError(f"expected data of shape (N, *event), got {tuple(data.shape)}")
         if not bool(torch.isfinite(data).all()):
             raise ValueError("expected finite data")
-        if not bandwidth >= 0:
-            raise ValueError(f"expected bandwidth >= 0, got {bandwidth!r}")
+        if not 0 <= bandwidth <= LARGEST:
+            raise ValueError(f"expected bandwidth >= 0, got {bandwidth!r} (at most {LARGEST:g})")
         self.event = tuple(data.shape[1:])
         self.data = data.flatten(1)
         self.bandwidth = float(bandwidth)
@@ -355,9 +355,17 @@ class Empirical(Distribution):
         return (pull - sigma * mean).to(x.dtype)
 
 
+def _check_size(**sizes: float) -> None:
+    """Refuse what cannot be squared."""
+    for name, size in sizes.items():
+        if not abs(size) <= LARGEST:
+            raise ValueError(f"expected {name} of at most {LARGEST:g}, got {size!r}")
+
+
 @checked
 def EightGaussians(radius: float = 2.0, std: float = 0.15) -> GaussianMixture:
     """Eight equal Gaussians on a circle in the plane."""
+    _check_size(radius=radius, std=std)
     angle = 2 * math.pi * torch.arange(8, dtype=torch.float64) / 8
     return GaussianMixture(radius * torch.stack([angle.cos(), angle.sin()], dim=1), std**2)
 
@@ -365,8 +373,9 @@ def EightGaussians(radius: float = 2.0, std: float = 0.15) -> GaussianMixture:
 @checked
 def TwoMoons(std: float = 0.1, components: int = 16) -> GaussianMixture:
     """Two interleaved half circles of radius 1 in the plane, each a chain of Gaussians."""
-    if components < 1:
-        raise ValueError(f"expected components >= 1, got {components}")
+    _check_size(std=std)
+    if not 1 <= components <= 1_000_000:
+        raise ValueError(f"expected components >= 1, got {components} (at most a million)")
     angle = math.pi * (torch.arange(components, dtype=torch.float64) + 0.5) / components
     upper = torch.stack([angle.cos(), angle.sin()], dim=1)
     lower = torch.stack([1 - angle.cos(), 0.5 - angle.sin()], dim=1)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sdeflow.checked import checked_class
 from sdeflow.gaussian import GaussianSDE
-from sdeflow.sde import SDE
+from sdeflow.sde import SDE, checked_shape
 from sdeflow.times import Time, align
 
 Map = Callable[[Tensor], Tensor]
@@ -75,11 +75,22 @@ class Pushforward(SDE):
     def inverse(self, x: Tensor) -> Tensor:
         """y with phi(y) = x, of the shape of x; differentiable up to third order."""
         if self._inverse is not None:
-            return self._inverse(x)
+            return checked_shape(self._inverse(x), x, "the inverse of phi")
         with torch.no_grad():
             y = self._newton(x.detach())
         # each Newton step from the solution doubles the order up to which it is right as a function of x
         return self._step(self._step(y, x), x) if x.requires_grad and torch.is_grad_enabled() else y
+
+    def _image(self, y: Tensor) -> Tensor:
+        """phi(y), if it is one state for each."""
+        return checked_shape(self.phi(y), y, "phi")
+
+    def _differentiable(self, leaf: Tensor) -> Tensor:
+        """phi(leaf), which must record how it came about."""
+        value = self._image(leaf)
+        if not value.requires_grad:
+            raise ValueError("phi does not depend on y by torch operations: its Jacobian is needed")
+        return value
 
     def _newton(self, x: Tensor) -> Tensor:
         try:
@@ -91,7 +102,7 @@ class Pushforward(SDE):
 
     def _descended(self, x: Tensor) -> Tensor:
         y = x.clone()
-        error = (self.phi(y) - x).abs().amax(1)
+        error = (self._image(y) - x).abs().amax(1)
         tolerance = 64 * torch.finfo(x.dtype).eps * (1 + x.abs().amax(1))
         for _ in range(100):
             if bool((error <= tolerance).all()):
@@ -99,13 +110,13 @@ class Pushforward(SDE):
             move = self._step(y, x) - y
             share = torch.ones_like(error)
             for _ in range(30):  # halve steps that do not bring phi(y) nearer
-                trial = (self.phi(y + share[:, None] * move) - x).abs().amax(1)
+                trial = (self._image(y + share[:, None] * move) - x).abs().amax(1)
                 worse = ~(trial < error) & (error > tolerance)
                 if not bool(worse.any()):
                     break
                 share = torch.where(worse, 0.5 * share, share)
             y = y + share[:, None] * move
-            error = (self.phi(y) - x).abs().amax(1)
+            error = (self._image(y) - x).abs().amax(1)
         raise ValueError(
             f"Newton's method found no y with phi(y) = x for {int((error > tolerance).sum())} of {len(x)} samples "
             f"(largest gap {float(error.max()):.1e}): give the inverse"
@@ -120,11 +131,7 @@ class Pushforward(SDE):
         keep = y.requires_grad and torch.is_grad_enabled()
         with torch.enable_grad():
             leaf = y if keep else y.detach().requires_grad_()
-            value = self.phi(leaf)
-            if value.shape != y.shape:
-                raise ValueError(
-                    f"phi returned {tuple(value.shape)} for y of shape {tuple(y.shape)}: expected its shape"
-                )
+            value = self._differentiable(leaf)
             jacobian = _rows(value, leaf, keep)
         return (jacobian, value) if keep else (jacobian.detach(), value.detach())
 
@@ -157,7 +164,7 @@ class Pushforward(SDE):
         keep = torch.is_grad_enabled() and (y.requires_grad or g.requires_grad)
         with torch.enable_grad():
             leaf = y if y.requires_grad else y.detach().requires_grad_()
-            jacobian = _rows(self.phi(leaf), leaf, True)
+            jacobian = _rows(self._differentiable(leaf), leaf, True)
             total = torch.zeros_like(y)
             if not jacobian.requires_grad:  # phi is affine
                 return total
@@ -196,11 +203,11 @@ class Pushforward(SDE):
 
     def sample(self, y: Tensor) -> Tensor:
         """phi(y): draws of y as draws of x."""
-        return self.phi(y)
+        return self._image(y)
 
     def perturb(self, x0: Tensor, t: Time, eps: Tensor) -> Tensor:
         """x_t = phi of the base's own perturbation of phi^-1(x0) by eps: an exact draw of x_t given x_0."""
-        return self.phi(self._gaussian().perturb(self.inverse(x0), t, eps))
+        return self._image(self._gaussian().perturb(self.inverse(x0), t, eps))
 
     def log_kernel(self, x: Tensor, t: Time, x0: Tensor) -> Tensor:
         """log p(x_t = x | x_0 = x0) of a Gaussian base, (batch,)."""

@@ -30,6 +30,8 @@ class RecordedPath(NoiseSource):
         self.times = torch.as_tensor(times, dtype=torch.float64).cpu()
         h = torch.diff(self.times)
         monotone = bool((h > 0).all() or (h < 0).all()) and bool(torch.isfinite(self.times).all())
+        if not values.is_floating_point():
+            raise TypeError(f"expected values as floating-point numbers, got {values.dtype}")
         if self.times.ndim != 1 or self.times.numel() < 2 or not monotone:
             raise ValueError(f"expected finite, monotone times (n + 1,), got shape {tuple(self.times.shape)}")
         if values.ndim < 2 or len(values) != self.times.numel():

@@ -12,7 +12,6 @@ DEIS, section 2), with the divergence of Haussmann and Pardoux (1986).
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.calculus import apply_covariance, divergence
-from sdeflow.checked import checked_class
+from sdeflow.checked import LARGEST, checked_class
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.kept import Kept, bits, constant
 from sdeflow.model import Model, Row, RowEvaluator, as_model, row_of
@@ -53,7 +52,7 @@ class ReverseSDE(SDE):
     def __init__(self, process: SDE, model: Model | Score, eta: Eta = 1.0) -> None:
         if not isinstance(process, SDE):
             raise TypeError(f"expected an SDE to reverse, got {type(process).__name__}")
-        if not callable(eta) and not (isinstance(eta, (int, float)) and math.isfinite(eta) and eta >= 0):
+        if not callable(eta) and not (isinstance(eta, (int, float)) and 0 <= eta <= LARGEST):
             raise ValueError(f"expected eta >= 0 or a function of t, got {eta!r}")
         self.process = process
         self.model = as_model(model, process)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sdeflow.checked import checked, described
 from sdeflow.checkpoints import write_atomically
 from sdeflow.columns import FORMATS, Format, as_bytes
 from sdeflow.dataset import Dataset
@@ -26,7 +27,7 @@ from sdeflow.engine.base import Engine
 from sdeflow.model import Model
 from sdeflow.plan import Plan
 from sdeflow.sampling import sample
-from sdeflow.shard_run import run_shards
+from sdeflow.shard_run import MOST_SAMPLES, run_shards
 from sdeflow.solution import Solution
 from sdeflow.solvers.base import Solver
 from sdeflow.tuning.fit import fingerprint
@@ -62,6 +63,7 @@ class SampleWork:
         return self.labels[first : first + count].to(self.how.get("device") or "cpu")
 
 
+@checked
 def sample_to(
     out: str | Path,
     model: Model,
@@ -102,12 +104,14 @@ def sample_to(
         ValueError: arguments that do not fit, or a folder with samples of another run.
     """
     for name, value in (("chunk", chunk), ("num", num), ("threads", threads), *([("shard", shard)] if shard else [])):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"expected {name} >= 1, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < MOST_SAMPLES:
+            raise ValueError(f"expected {name} >= 1 and below {MOST_SAMPLES}, got {value!r}")
     if kind not in FORMATS:
         raise ValueError(f"expected the format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, got {kind!r}")
     if labels is not None and (labels.dtype != torch.int64 or labels.shape != (num,)):
         raise ValueError(f"expected int64 labels ({num},), got {labels.dtype} of shape {tuple(labels.shape)}")
+    if not isinstance(how.get("dtype"), torch.dtype | None):
+        raise TypeError(f"expected dtype as a torch.dtype or None, got {described(how['dtype'])}")
     folder = Path(out)
     begun = folder.exists()
     about = _about(model, shape, solver, seed, labels, threads, how)

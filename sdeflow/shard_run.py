@@ -30,6 +30,8 @@ from sdeflow.statistics.base import Statistic
 Compute = Callable[[int, int], Solution]
 """`compute(first, count)`: the samples of indices [first, first + count), failed ones with their status."""
 
+MOST_SAMPLES = 1 << 40
+"""Of one run: years of work."""
 _SHARD_BYTES = 32 << 20
 _SHARDS = 1000
 """Shards of a run, where memory allows fewer: an interruption costs what workers were at."""

@@ -124,6 +124,13 @@ def grid_of(
     return _checked_grid(problem, ts, steps)
 
 
+def checked_problem_grid(problem: Problem, grid: Tensor | Sequence[float]) -> Tensor:
+    """The grid as `solve` takes it, for those who ask for a plan."""
+    if not isinstance(problem, Problem):
+        raise TypeError(f"expected an ODE, SDE or ReverseSDE as problem, got {described(problem)}")
+    return _checked_grid(problem, grid if isinstance(grid, Tensor) else numbers(grid, "grid"), None)
+
+
 def _checked_grid(problem: Problem, ts: Tensor, steps: int | None) -> Tensor:
     if not tensor(ts):
         raise TypeError(f"expected a grid of times, got {described(ts)}")
@@ -139,13 +146,21 @@ def _checked_grid(problem: Problem, ts: Tensor, steps: int | None) -> Tensor:
 _GRIDS: Kept[Tensor] = Kept(64)
 
 
+def _wanted(save: object) -> Tensor:
+    wanted = numbers(save, "save")
+    if wanted.numel() == 0 or wanted.ndim > 1:
+        raise ValueError(f"expected one or more times in save, (n,), or None, got {described(save)}")
+    wanted = wanted.reshape(-1)
+    return wanted
+
+
 def save_points(save: Save, ts: Tensor) -> list[int]:
     """The grid's indices to save, in order."""
     if save is None or save is False:
         return []
     if save is True:
         return list(range(ts.numel()))
-    wanted = numbers(save, "save").reshape(-1)
+    wanted = _wanted(save)
     points = []
     for t in wanted.tolist():
         nearest = int((ts - t).abs().argmin())
@@ -166,7 +181,7 @@ def save_times(save: Save, span: tuple[float, float], device: torch.device) -> T
         return None
     if save is True:
         raise ValueError("steps are per sample under error control: expected times in save, got True")
-    ts = numbers(save, "save").reshape(-1)
+    ts = _wanted(save)
     low, high = min(span), max(span)
     if not bool(((ts >= low) & (ts <= high)).all()):
         raise ValueError(f"expected save times in [{low:g}, {high:g}], got {_shown(ts)}")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.calculus import NoiseKind, noise_kind
+from sdeflow.checked import event_shape
 
 if TYPE_CHECKING:
     from sdeflow.linear import LinearSDE
@@ -159,7 +160,7 @@ def probe_event(sde: SDE, event: tuple[int, ...] | None = None) -> tuple[int, ..
     if event is None:
         event = sde.event
     if event is not None:
-        return tuple(event)
+        return event_shape(event, 1000)
     reasons = []
     for shape in _EVENTS:
         x, t = probe_points(sde, shape, 4)

@@ -17,13 +17,16 @@ def as_time(t: Time | Sequence[float]) -> Tensor:
     A 0-d tensor never promotes the dtype or moves the device of the state it multiplies.
     """
     if isinstance(t, Tensor):
+        if t.is_meta or t.layout != torch.strided or t.is_complex():
+            raise TypeError(f"expected real times in a dense tensor with values, got {t.dtype}, {t.device}, {t.layout}")
         if t.dtype == torch.float64:
             return t
-        if t.is_complex():
-            raise TypeError(f"expected real times, got {t.dtype}")
         return t.to(torch.float64)
     try:
-        return torch.tensor(t, dtype=torch.float64)
+        times = torch.tensor(t, dtype=torch.float64)
+        if times.numel() == 0:
+            raise ValueError("no times")
+        return times
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"expected a time: a number or numbers, got {t!r:.60}") from error
 
@@ -39,7 +42,7 @@ def align(t: Time, x: Tensor) -> Tensor:
     t = as_time(t)
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a state as a tensor (batch, *event), got {type(x).__name__}")
-    if t.ndim == 0 or (t.ndim == x.ndim and t.ndim > 1):
+    if t.ndim == 0 or (t.ndim == x.ndim > 1 and t.shape[0] == t.numel() and t.shape[0] in (1, x.shape[0])):
         return t
     if t.numel() == 1:
         return t.reshape(())

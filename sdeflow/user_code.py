@@ -46,7 +46,7 @@ def _imported(name: str) -> ModuleType:
     sys.path.insert(0, str(Path.cwd()))
     try:
         return importlib.import_module(name)
-    except Exception as error:  # user code may raise anything
+    except (Exception, SystemExit) as error:  # user code may raise anything
         raise ValueError(f"module {name}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(Path.cwd()))
@@ -63,7 +63,7 @@ def executed(path: Path) -> ModuleType:
     sys.path.insert(0, folder)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a file that ends the process would end it as if all were well
         at = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(path.name)]
         line = at[-1] if at else getattr(error, "lineno", None)
         where = f"{path}, line {line}" if line else f"{path}"

@@ -1112,9 +1112,7 @@ def test_antithetic_paths():
         ({"noise": 3}, TypeError, r"SamePath\(seed\).* got 3"),
         ({"noise": sf.Noise(0, 3)}, TypeError, r"expected noise as"),
         ({"noise": sf.BrownianPath(0, (3, 2))}, TypeError, r"expected noise as"),
-        ({"noise": sf.SamePath}, TypeError, r"expected noise as"),
-        ({"noise": sf.SamePath(1.5)}, TypeError, "integer seed, got 1.5"),
-        ({"noise": sf.Antithetic("1")}, TypeError, "integer seed, got '1'"),
+        ({"noise": sf.SamePath}, TypeError, "expected noise as .* got the class SamePath; call it to make one"),
         ({"noise": sf.SamePath(1), "index": torch.arange(4)}, ValueError, r"shape \(3,\), got shape \(4,\)"),
     ],
 )
@@ -1123,6 +1121,13 @@ def test_errors_of_noise(how, error, message):
     with pytest.raises(error, match=message):
         sf.solve(problem, torch.zeros(3, 2, dtype=F64), EulerMaruyama(), steps=4, **how)
     assert problem.calls == 0
+
+
+def test_noise_of_no_seed_is_refused_where_it_is_made():
+    with pytest.raises(TypeError, match=r"seed as a whole number, got 1\.5"):
+        sf.SamePath(1.5)
+    with pytest.raises(TypeError, match="seed as a whole number, got '1'"):
+        sf.Antithetic("1")
 
 
 @pytest.mark.parametrize("noise", [None, sf.SamePath(1)])
@@ -1149,7 +1154,7 @@ def test_saving_between_steps_is_refused(solver, noise):
         (lambda: sf.BrownianPath(0, ()), ValueError, r"shape as \(batch, \*event\)"),
         (lambda: sf.BrownianPath(0, (3, 0)), ValueError, r"shape as \(batch, \*event\)"),
         (lambda: sf.BrownianPath(0, (3,), dtype=torch.float16), ValueError, "float32 or float64"),
-        (lambda: sf.BrownianPath(0.0, (3,)), TypeError, "integer seed"),
+        (lambda: sf.BrownianPath(0.0, (3,)), TypeError, "seed as a whole number"),
     ],
 )
 def test_errors_of_a_path(make, error, message):

@@ -949,9 +949,9 @@ def test_a_drift_that_never_works_is_a_verdict_or_a_clear_error(name):
 
 
 def test_arguments_that_are_no_sde():
-    with pytest.raises(TypeError, match="expected an SDE, got str"):
+    with pytest.raises(TypeError, match="sde as an SDE, got 'VP'"):
         check_sde("VP")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="expected an SDE, got ABCMeta"):
+    with pytest.raises(TypeError, match="sde as an SDE, got the class VP; call it to make one"):
         check_sde(sf.VP)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 1 point"):
         check_sde(OU(), points=0)

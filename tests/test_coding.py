@@ -288,7 +288,7 @@ def test_interpolating_data_with_conditions():
 
 
 ERRORS = {
-    "model": (lambda m, x: encode(m.net, x), TypeError, "expected a Model"),
+    "model": (lambda m, x: encode(m.net, x), TypeError, "model as a Model or a ReverseSDE, got the function"),
     "noisy": (lambda m, x: encode(m.sde.reverse(m), x), ValueError, "eta = 0"),
     "times": (lambda m, x: encode(m, x, t0=0.5, t1=0.2), ValueError, "expected t0 < t1"),
     "grid down": (lambda m, x: encode(m, x, grid=[1.0, 0.1]), ValueError, "runs up"),
@@ -330,9 +330,9 @@ def test_errors_of_parts():
         (lambda: interpolate(a, a[:1], 3), ValueError, "one shape"),
         (lambda: interpolate(a, a.double(), 3), ValueError, "one shape"),
         (lambda: interpolate(a, a, 3, "cubic"), ValueError, "mode"),
-        (lambda: interpolate(a, a, 2.5), TypeError, "integer number"),
+        (lambda: interpolate(a, a, 2.5), TypeError, "n as a whole number, got 2.5"),
         (lambda: interpolate(a.long(), a, 2), TypeError, "floating-point"),
-        (lambda: Reversible(sf.solvers.DDIM()), TypeError, "Runge-Kutta"),
+        (lambda: Reversible(sf.solvers.DDIM()), TypeError, "base as a RungeKutta such as"),
         (lambda: Reversible(coupling=0.0), ValueError, "coupling in"),
         (lambda: Reversible(coupling="1"), TypeError, "coupling as a number"),
         (lambda: Reversible(name_of_variable="y"), ValueError, "unknown variable"),

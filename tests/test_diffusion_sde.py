@@ -505,7 +505,7 @@ def test_a_learned_variance_is_checked():
         run(DDPM(lambda x, t: torch.zeros(6, 3)))
     with pytest.raises(ValueError, match="got float"):
         run(DDPM(lambda x, t: 0.5))
-    with pytest.raises(ValueError, match='"posterior", "forward" or a function'):
+    with pytest.raises(ValueError, match="variance as 'posterior', 'forward' or a function, got 'large'"):
         DDPM("large")
     assert run(DDPM(blend), x=X.half()).dtype == torch.float16
 
@@ -776,7 +776,7 @@ def test_langevin_over_the_batch_couples_the_samples_and_the_others_do_not():
     assert float((first("batch", 4) - first("batch", 16)).abs().max()) > 1e-3
     for size in ("level", "sample"):
         torch.testing.assert_close(first(size, 4), first(size, 16), rtol=0, atol=1e-12)
-    with pytest.raises(ValueError, match='"level", "sample" or "batch"'):
+    with pytest.raises(ValueError, match="size as one of 'level', 'sample', 'batch', got 'mean'"):
         Langevin(size="mean")
 
 
@@ -996,7 +996,7 @@ REFUSED = [
     (lambda: run(ERSDE(2, lambda x: x**0.5)), "not decreasing"),
     (lambda: run(ERSDE(2, lambda x: -x)), "not decreasing"),
     (lambda: SEEDS(4), "order 1, 2 or 3"),
-    (lambda: SEEDS(True), "order 1, 2 or 3"),
+    (lambda: SEEDS(True), "order as a whole number, got True"),
     (lambda: ERSDE(4), "order 1, 2 or 3"),
     (lambda: SASolver(5), "order one of"),
     (lambda: SASolver(3, 1), "2 to 5 evaluations, or 0"),

@@ -425,7 +425,7 @@ def test_arguments_that_do_not_fit():
     with pytest.raises(ValueError, match="even number"):
         progressive(model, grid[:-1])
     for make in (lambda m: progressive(m, grid), lambda m: consistency(grid, teacher=m)):
-        with pytest.raises(TypeError, match="Model as teacher"):
+        with pytest.raises(TypeError, match=r"teacher as a Model.*; wrap the network"):
             make(lambda x, t: x)
         with pytest.raises(ValueError, match="one process"):
             make(model)(MIXTURE.model(sf.CosineVP()), x0, grid[:1].expand(2), eps)

@@ -376,14 +376,16 @@ def test_grids_that_need_finite_levels_say_so_at_alpha_zero(grid):
 def test_bad_steps_and_ends_are_one_clear_error(grid):
     make_grid, process = grids.GRIDS[grid].make, table()
     for steps in (2.0, "3", True, None):
-        with pytest.raises(TypeError, match="integer number of steps"):
+        with pytest.raises(TypeError, match="steps as a whole number"):
             make_grid(process, steps)
     for steps in (0, -1):
         with pytest.raises(ValueError, match="steps >= 1"):
             make_grid(process, steps)
     with pytest.raises(ValueError, match=r"two different ends, got t_start = t_end = 0\.5"):
         make_grid(process, 3, 0.5, 0.5)
-    for ends in ((1.5, 0.1), (1.0, -0.1), (math.nan, 0.1), (1.0, math.inf)):
+    with pytest.raises(ValueError, match="t_start as a number or None, got nan"):
+        make_grid(process, 3, math.nan, 0.1)
+    for ends in ((1.5, 0.1), (1.0, -0.1), (1.0, math.inf)):
         with pytest.raises(ValueError, match=r"both ends in \[0, 1\]"):
             make_grid(process, 3, *ends)
     with pytest.raises(ValueError, match="not distinct times"):
@@ -395,12 +397,12 @@ def test_bad_steps_and_ends_are_one_clear_error(grid):
     [
         (lambda p: grids.power(p, 3, exponent=0.0), "exponent > 0"),
         (lambda p: grids.karras(p, 3, rho=-1.0), "rho > 0"),
-        (lambda p: grids.polyexponential(p, 3, rho=math.nan), "rho > 0"),
+        (lambda p: grids.polyexponential(p, 3, rho=math.nan), "rho as a number, got nan"),
         (lambda p: grids.beta(p, 3, a=0.0), "a > 0"),
         (lambda p: grids.beta(p, 3, b=math.inf), "b > 0"),
         (lambda p: grids.flow_shift(p, 3, shift=0.0), "shift > 0"),
         (lambda p: grids.leading(p, 3, offset=-1), "offset >= 0"),
-        (lambda p: grids.leading(p, 3, offset=0.5), "offset >= 0"),
+        (lambda p: grids.leading(p, 3, offset=0.5), "offset as a whole number, got 0.5"),
         (lambda p: grids.leading(p, 10, offset=0), "not distinct times"),
         (lambda p: grids.leading(p, 10, offset=300), "not distinct times"),
         (lambda p: grids.trailing(p, 1000), "not distinct times"),

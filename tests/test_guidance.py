@@ -522,7 +522,7 @@ def test_check_model_takes_guided_models(dtype):
     exact = classifier_free(CLASSES[0].model(sf.VP()), DATA.model(sf.VP()), 2.0)
     check_model(exact, event=(2,), calls=2, exact=True).verify()
     for calls in (0, True, 1.5):
-        with pytest.raises(ValueError, match="calls >= 1"):
+        with pytest.raises(ValueError, match="calls"):
             check_model(guided, event=(3,), calls=calls)
 
 
@@ -551,15 +551,15 @@ def test_bad_input_is_refused():
     c, u = labelled()
     bad = [
         (lambda: classifier_free(c, lambda x, t: x, 2.0), TypeError, "unconditional as a Model"),
-        (lambda: classifier_free(lambda x, t: x, u, 2.0), TypeError, "expected a Model"),
+        (lambda: classifier_free(lambda x, t: x, u, 2.0), TypeError, "as a Model"),
         (lambda: classifier_free(c, DATA.model(sf.VE()), 2.0), ValueError, "one process"),
         (lambda: classifier_free(c, u, math.nan), ValueError, "scale"),
         (lambda: classifier_free(c, u, True), ValueError, "scale"),
         (lambda: classifier_free(c, u, 2.0, (0.5, 0.5)), ValueError, "low < high"),
         (lambda: classifier_free(c, u, 2.0, (0.1, 0.5), interval_in="lam"), ValueError, "interval_in"),
-        (lambda: classifier_free(c, u, 2.0, 0.5), ValueError, "low < high"),
-        (lambda: classifier_free(c, u, 2.0, (None, 0.5)), ValueError, "low < high"),
-        (lambda: clip_x0(c, "0", 1.0), ValueError, "low < high"),
+        (lambda: classifier_free(c, u, 2.0, 0.5), ValueError, "interval as a tuple of 2 numbers"),
+        (lambda: classifier_free(c, u, 2.0, (None, 0.5)), ValueError, "interval as a tuple of 2 numbers"),
+        (lambda: clip_x0(c, "0", 1.0), ValueError, "low as a number, got '0'"),
         (lambda: classifier_free(c, u, 2.0, rescale=1.5), ValueError, "rescale"),
         (lambda: clip_x0(c, 1.0, -1.0), ValueError, "low < high"),
         (lambda: dynamic_threshold(c, 0.0), ValueError, "quantile"),

@@ -449,7 +449,7 @@ def test_bad_input_is_refused():
     model, exact = PRIOR.model(process), observation("inpainting", 0.0)
     ddim, twice = sf.solvers.DDIM(), LinearObservation.from_matrix(torch.ones(2, 4), 0.0)
     bad = [
-        (lambda: LinearObservation(1, 2, 0.1), TypeError, "as functions"),
+        (lambda: LinearObservation(1, 2, 0.1), TypeError, "as a function"),
         (lambda: LinearObservation.inpainting(MASK, -0.1), ValueError, "noise_std"),
         (lambda: LinearObservation.inpainting(MASK.float(), 0.1), ValueError, "bools"),
         (lambda: LinearObservation.inpainting(~MASK & MASK, 0.1), ValueError, "at least one"),
@@ -463,7 +463,7 @@ def test_bad_input_is_refused():
         (lambda: dps(model, a, Y * math.inf), ValueError, "finite y"),
         (lambda: dps(model, a, Y, math.nan), ValueError, "scale"),
         (lambda: pigdm(model, a, Y, variance=0.0), ValueError, "variance > 0"),
-        (lambda: pigdm(lambda x, t: x, a, Y), TypeError, "expected a Model"),
+        (lambda: pigdm(lambda x, t: x, a, Y), TypeError, "model as a Model, .*; wrap the network"),
         (lambda: pigdm(sf.Model(lambda x, t: x, sf.CLD(), "score"), a, Y), ValueError, "GaussianSDE"),
         (lambda: exact_gaussian(model, sf.problems.TwoMoons(), a, Y), TypeError, "problems.Gaussian"),
         (lambda: posterior(PRIOR, a, Y.expand(2, 2)), ValueError, "one observation"),

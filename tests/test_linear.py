@@ -681,7 +681,7 @@ def run(problem, solver=None, grid=(1.0, 0.5, 0.1), k=2):
     ("make", "message"),
     [
         (lambda: LinearExponential(4), "order 1, 2 or 3, got 4"),
-        (lambda: LinearExponential(2, "warm"), 'start "ramp" or "sweep"'),
+        (lambda: LinearExponential(2, "warm"), "start as one of 'ramp', 'sweep', got 'warm'"),
         (lambda: LinearExponential(2, covariance=[[1.0, 2.0], [0.0, 1.0]]), "symmetric"),
         (lambda: LinearExponential(2, covariance=[1.0, 2.0]), r"\(k, k\), got \(2,\)"),
         (lambda: run(CLD()), "LinearSDE, got CLD"),

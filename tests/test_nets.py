@@ -76,7 +76,7 @@ def test_smooth_in_time():
         ({"shape": (0,)}, "sizes from 1"),
         ({"shape": (2,), "width": 0}, "sizes from 1"),
         ({"shape": (2,), "depth": 10**9}, "to 65536"),
-        ({"shape": (2,), "width": 8.0}, "sizes from 1"),
+        ({"shape": (2,), "width": 8.0}, "width as a whole number"),
     ],
 )
 def test_bad_sizes(sizes, message):
@@ -100,6 +100,23 @@ def nets():
         "UNet, one level": UNet((2, 5, 3), width=8, multipliers=(1,), **small),
         "EDM": EDMPreconditioned(UNet((2, 4, 4), width=8, classes=3, **small), 0.7),
     }
+
+
+@pytest.mark.parametrize("name", nets())
+def test_on_meta_and_compiled_as_one_graph(name):
+    """The checks of arguments are in nobody's way: shapes without values, and no break in a compiled graph."""
+    net = nets()[name]
+    x, time = torch.randn(6, *net.shape), torch.linspace(0.1, 2, 6)
+    assert net.to("meta")(x.to("meta"), time.to("meta")).shape == x.shape
+    net = nets()[name]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(net, backend="eager", fullgraph=True)(x, time), net(x, time))
+
+
+def test_a_checked_function_compiles():
+    compiled = torch.compile(lambda lam: time_features(lam, 3), backend="eager", fullgraph=True)
+    lam = torch.linspace(-6, 6, 7)
+    torch.testing.assert_close(compiled(lam), time_features(lam, 3))
 
 
 @pytest.mark.parametrize("name", nets())

@@ -229,9 +229,9 @@ def test_errors():
     base = linear([[-1.0]], [1.0])
     with pytest.raises(TypeError, match="phi"):
         Pushforward(3, base)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="phi"):
+    with pytest.raises(TypeError, match="inverse"):
         Pushforward(torch.exp, base, inverse=2)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="expected an SDE as base, got str"):
+    with pytest.raises(TypeError, match="expected base as an SDE, got 'VP'"):
         Pushforward(torch.exp, "VP")  # type: ignore[arg-type]
     x, t = points(4, 1)
     with pytest.raises(ValueError, match="phi returned"):

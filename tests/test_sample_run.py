@@ -90,7 +90,7 @@ def test_labels_follow_their_samples(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "text"),
-    [({"num": 0}, "num >= 1"), ({"chunk": 0}, "chunk >= 1"), ({"kind": "pickle"}, "npz, safetensors or parquet")],
+    [({"num": 0}, "num >= 1"), ({"chunk": 0}, "chunk >= 1"), ({"kind": "pickle"}, "safetensors")],
 )
 def test_what_is_refused(tmp_path, change, text):
     num = change.pop("num", 2)

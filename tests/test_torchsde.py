@@ -897,7 +897,7 @@ def test_a_path_of_ours_is_refused(noise):
         (lambda: Torchsde("adjoint_reversible_heun"), "expected one of"),
         (lambda: Torchsde(min_step=0.0), "expected 0 < min_step <= first_step"),
         (lambda: Torchsde(first_step=1e-6), "expected 0 < min_step <= first_step"),
-        (lambda: Torchsde(first_step=math.nan), "expected 0 < min_step <= first_step"),
+        (lambda: Torchsde(first_step=math.nan), "first_step as a number, got nan"),
     ],
 )
 def test_bad_options_are_refused(make, message):

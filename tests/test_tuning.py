@@ -169,7 +169,7 @@ def test_a_network_that_gives_no_gradient_is_tuned_without_it():
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda: sf.tune("digits", DDIM(), 4), TypeError, "expected a Model"),
+        (lambda: sf.tune("digits", DDIM(), 4), TypeError, "model as a Model"),
         (lambda: sf.tune(MODEL, DDPM(), 4, shape=(2,)), ValueError, "draws noise"),
         (lambda: sf.tune(MODEL, DDIM(), 4), ValueError, "shape of one sample"),
         (lambda: sf.tune(MODEL, DDIM(), 0, shape=(2,)), ValueError, "steps >= 1"),
@@ -178,9 +178,13 @@ def test_a_network_that_gives_no_gradient_is_tuned_without_it():
         (lambda: sf.tune(MODEL, DDIM().plan(flow(), grids.power(VP, 3)), 3, shape=(2,)), TypeError, "has a plan"),
         (lambda: sf.tune(MODEL, sf.solvers.ROS2(), 4, shape=(2,)), TypeError, "has a plan"),
         (lambda: sf.recommend(VP, nfe=0), ValueError, "nfe >= 1"),
-        (lambda: sf.recommend("vp", nfe=4), TypeError, "expected an SDE"),
+        (lambda: sf.recommend("vp", nfe=4), TypeError, "process as an SDE"),
         (lambda: equal_local_error(MODEL, shape=(2,), order=4), ValueError, "order 1, 2 or 3"),
-        (lambda: sf.sample(MODEL, 2, shape=(2,), solver="best", steps=3), TypeError, '"auto"'),
+        (
+            lambda: sf.sample(MODEL, 2, shape=(2,), solver="best", steps=3),
+            TypeError,
+            "solver as a solver .*, or 'auto', got 'best'",
+        ),
         (lambda: sf.sample(MODEL, 2, shape=(2,)), ValueError, "expects steps"),
         (lambda: sf.sample(MODEL, 2, shape=(2,), steps=3, eta=0.5), ValueError, "eta 0 or 1"),
     ],

@@ -46,7 +46,7 @@ def attempt(target: Target, substitutes: dict[str, Substitute], seconds: float =
         except Exception as error:  # no such guise of this value
             raise Skip from error
     meanings = {
-        "other" if substitute.label in target.allows.get(name, ()) else substitute.meaning
+        "other" if {substitute.label, "*"} & set(target.allows.get(name, ())) else substitute.meaning
         for name, substitute in substitutes.items()
     }
     finite = target.finite and "other" not in meanings

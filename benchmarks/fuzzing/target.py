@@ -20,7 +20,7 @@ class Target:
         call: the function.
         valid: makes its arguments, by name, new at every call.
         use: what to do with the result to see whether it is right.
-        allows: {argument: labels of substitutes that look bad and are not}.
+        allows: {argument: labels of substitutes that look bad and are not}; "*" for all of them.
         finite: whether a right result holds no NaN and no infinity.
     """
 
@@ -30,6 +30,10 @@ class Target:
     use: Callable[[Any], Any] = _itself
     allows: Mapping[str, frozenset[str]] = field(default_factory=dict)
     finite: bool = True
+
+
+FREE_TEXT = "text; empty text; another word; in capitals; with a blank"
+"""The substitutes of a name that is for tables alone: any text is a good one."""
 
 
 def allow(**labels: str) -> dict[str, frozenset[str]]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import sdeflow as sf
-from benchmarks.fuzzing.target import Target, allow
+from benchmarks.fuzzing.target import FREE_TEXT, Target, allow
 from benchmarks.fuzzing.targets_constructors import data, net
 from benchmarks.fuzzing.targets_solvers import MODEL, Spring
 from sdeflow import bench, guidance, inverse, losses, metrics, solvers, testing
@@ -59,7 +59,7 @@ LOSSES: tuple[Target, ...] = (
     Target("losses.prior_bits", losses.prior_bits, lambda: {"process": sf.VP(), "x0": data()}),
     Target("losses.reconstruction_bits", losses.reconstruction_bits,
            lambda: {"process": sf.VP(), "x0": pixels(), "t": 0.001, "eps": data(), "levels": 256},
-           allows=allow(levels="None")),
+           allows=allow(levels="None", t="a vector")),
     Target("losses.discretised_log_likelihood", losses.discretised_log_likelihood,
            lambda: {"x": pixels(), "mean": data(), "log_variance": data(), "levels": 256}),
     *(
@@ -77,7 +77,7 @@ LOSSES: tuple[Target, ...] = (
            lambda loss: loss(NETWORK, data(), GRID[:3], data()), allow(huber="None")),
     Target("losses.LossHistory", losses.LossHistory, lambda: {"bins": 4, "history": 3, "uniform": 0.01}, repr),
     Target("losses.loss_ratio", losses.loss_ratio,
-           lambda: {"process": sf.VP(), "t": TIMES, "given": "eps", "wanted": "x0"}),
+           lambda: {"process": sf.VP(), "t": TIMES, "given": "eps", "wanted": "x0"}, allows=allow(t="no rows")),
     Target("losses.weights.truncated_snr", losses.weights.truncated_snr, dict,
            lambda weight: losses.denoising(NETWORK, data(), TIMES, data(), weight=weight)),
 )  # fmt: skip
@@ -141,10 +141,11 @@ CHECKS: tuple[Target, ...] = (
     Target("testing.check_noise", testing.check_noise, lambda: {"seed": 0, "samples": 512},
            lambda report: report.subject),
     Target("testing.check_solver", testing.check_solver, lambda: {"solver": solvers.Euler(), "problem": Spring()},
-           lambda report: report.subject),
+           lambda report: report.subject, allow(problem="None")),
     Target("bench.Problem", bench.Problem,
            lambda: {"model": MODEL, "shape": (2,), "name": "own", "tolerance": 1e-2, "samples": 4, "draws": 16},
-           lambda problem: [r.status for r in bench.run(problem, solvers=["Euler"], grids=["uniform"], nfe=[3])]),
+           lambda problem: [r.status for r in bench.run(problem, solvers=["Euler"], grids=["uniform"], nfe=[3])],
+           allow(name=FREE_TEXT)),
     Target("bench.run", bench.run,
            lambda: {"problem": bench.Problem(MODEL, (2,), tolerance=1e-2, samples=4), "solvers": ("Euler",),
                     "grids": ("uniform",), "nfe": (3,), "samples": 4, "draws": 16, "tolerance": 1e-2, "seed": 0},

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import sdeflow as sf
-from benchmarks.fuzzing.target import Target, allow
+from benchmarks.fuzzing.target import FREE_TEXT, Target, allow
 from benchmarks.fuzzing.targets_constructors import data
 from sdeflow import solvers
 
@@ -48,6 +48,8 @@ def _of_defaults(make: Callable[..., Any], problem: Callable[[], Any], **values:
     given = {k: v for k, v in given.items() if type(v).__name__ != "_HAS_DEFAULT_FACTORY_CLASS"}
     given |= values
     optional = {name: frozenset({"None"}) for name, value in given.items() if value is None}
+    optional |= allow(label=FREE_TEXT, final_orders="an empty list", tau="None")  # of those that have one
+    optional |= {"eta": frozenset({"None", "a number"})} if given.get("eta", 0) is None else {}
     return Target(f"solvers.{make.__name__}", make, lambda: dict(given), run(problem), optional)
 
 
@@ -101,7 +103,8 @@ TARGETS: tuple[Target, ...] = (
     Target("solvers.NoiseScale", solvers.NoiseScale, lambda: {"phi": lambda ratio: ratio * 0 + ratio},
            lambda made: run(flow)(solvers.ExponentialMultistep(2, eta=made)), allow(phi="None")),
     Target("solvers.InVariable", solvers.InVariable,
-           lambda: {"solver": solvers.AdamsBashforth(2), "name_of_variable": "straight", "label": ""}, run(flow)),
+           lambda: {"solver": solvers.AdamsBashforth(2), "name_of_variable": "straight", "label": ""}, run(flow),
+           allow(label=FREE_TEXT)),
     Target("solvers.Splitting", solvers.Splitting,
            lambda: {"linear": torch.tensor([[-1.0, 0.0], [0.0, -2.0]], dtype=torch.float64),
                     "inner": solvers.StochasticHeun()}, run(reverse)),
@@ -112,7 +115,7 @@ TARGETS: tuple[Target, ...] = (
     Target("solvers.RungeKutta", solvers.RungeKutta, lambda: {"tableau": solvers.Heun().tableau}, run(Spring)),
     Target("solvers.Tableau", solvers.Tableau,
            lambda: {"name": "own", "order": 2, "c": (0, 1), "a": ((), (1,)), "b": (0.5, 0.5), "reference": "own"},
-           lambda tableau: run(Spring)(solvers.RungeKutta(tableau))),
+           lambda tableau: run(Spring)(solvers.RungeKutta(tableau)), allow(name=FREE_TEXT, reference=FREE_TEXT)),
 )  # fmt: skip
 """The constructors of solvers that take arguments."""
 

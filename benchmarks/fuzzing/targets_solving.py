@@ -15,6 +15,10 @@ from sdeflow import grids, solvers
 
 NETWORK = sf.Model(net, sf.VP(), "eps")
 GRID = torch.tensor([1.0, 0.7, 0.3, 0.01], dtype=torch.float64)
+ANY_TIME = "a vector; NaN; a tensor of NaN"
+"""Times of a function of time: one a sample or element, and NaN gives NaN there."""
+NO_ROWS = "no rows"
+"""A batch of none is a batch to a function of states."""
 OPTIONAL = {
     name: frozenset({"None"}) for name in ("solver", "t0", "t1", "t_span", "index", "seed", "prior", "save", "noise")
 }
@@ -101,18 +105,26 @@ TARGETS: tuple[Target, ...] = (
            lambda: {"problem": flow(), "grid": GRID}, lambda plan: plan.weights),
     Target("moments", sf.moments, lambda: {"sde": sf.GBM(), "x0": torch.tensor([[0.5], [0.7]]), "t": 0.5, "degree": 2},
            lambda found: found[1]),
-    Target("process.marginal", sf.VP().marginal, lambda: {"x0": data(), "t": 0.5}),
-    Target("process.marginal, times", sf.VP().marginal, lambda: {"x0": data(), "t": torch.tensor([0.1, 0.5, 0.9])}),
-    Target("process.perturb", sf.VP().perturb, lambda: {"x0": data(), "t": 0.5, "eps": data()}),
-    Target("process.transition_kernel", sf.VP().transition_kernel, lambda: {"s": 0.2, "t": 0.5}),
+    Target("process.marginal", sf.VP().marginal, lambda: {"x0": data(), "t": 0.5},
+           allows=allow(t=ANY_TIME, x0=NO_ROWS)),
+    Target("process.marginal, times", sf.VP().marginal, lambda: {"x0": data(), "t": torch.tensor([0.1, 0.5, 0.9])},
+           allows=allow(x0=NO_ROWS)),
+    Target("process.perturb", sf.VP().perturb, lambda: {"x0": data(), "t": 0.5, "eps": data()},
+           allows=allow(t=ANY_TIME)),
+    Target("process.transition_kernel", sf.VP().transition_kernel, lambda: {"s": 0.2, "t": 0.5},
+           allows=allow(s="a vector", t="a vector")),
     Target("process.prior_sample", sf.VP().prior_sample,
            lambda: {"shape": (3, 2), "seed": 1, "index": 2, "dtype": torch.float32, "device": "cpu"}, allows=OPTIONAL),
-    Target("process.alpha", lambda t: sf.VP().alpha(t), lambda: {"t": 0.5}),
-    Target("process.time_of_lam", lambda lam: sf.CosineVP().time_of_lam(lam), lambda: {"lam": 0.5}),
-    Target("model()", NETWORK, lambda: {"x": data(), "t": 0.5, "as_": "score"}),
-    Target("model(), times", NETWORK, lambda: {"x": data(), "t": torch.tensor([0.1, 0.5, 0.9]), "as_": "x0"}),
+    Target("process.alpha", lambda t: sf.VP().alpha(t), lambda: {"t": 0.5}, allows=allow(t=ANY_TIME)),
+    Target("process.time_of_lam", lambda lam: sf.CosineVP().time_of_lam(lam), lambda: {"lam": 0.5},
+           allows=allow(lam=ANY_TIME)),
+    Target("model()", NETWORK, lambda: {"x": data(), "t": 0.5, "as_": "score"},
+           allows=allow(t=ANY_TIME, x=NO_ROWS)),
+    Target("model(), times", NETWORK, lambda: {"x": data(), "t": torch.tensor([0.1, 0.5, 0.9]), "as_": "x0"},
+           allows=allow(t="NaN")),
     Target("model.bind", NETWORK.bind, lambda: {"label": torch.tensor([1, 2, 3])},
-           lambda model: model.score(data(), 0.5)),
+           lambda model: model.score(data(), 0.5),
+           allow(label="*")),  # a network of the user's own is given what it is bound to, as it is
     *(
         Target(f"grids.{name}", row.make, partial(_grid, row), allows=allow(t_start="None", t_end="None"))
         for name, row in grids.GRIDS.items()

@@ -109,11 +109,12 @@ def methods_named(names: Iterable[str | Method]) -> list[Method]:
     Raises:
         ValueError: unknown names; the message lists what exists.
     """
-    names = [tuned(n) if isinstance(n, str) and n.endswith(".json") else n for n in names]
-    found = {n: METHODS[n] for n in _known([n for n in names if isinstance(n, str)], METHODS, "solver")}
+    names = list(names)
     for n in names:
         if not isinstance(n, (Method, str)):
             raise TypeError(f"expected names of solvers, or Methods, got {described(n)}")
+    names = [tuned(n) if isinstance(n, str) and n.endswith(".json") else n for n in names]
+    found = {n: METHODS[n] for n in _known([n for n in names if isinstance(n, str)], METHODS, "solver")}
     return _nonempty([n if isinstance(n, Method) else found[n] for n in names], "solver")
 
 
@@ -138,6 +139,9 @@ def grids_named(names: Iterable[str | GridFunction]) -> dict[str, GridFunction]:
     """
     names = list(names)
     _known([n for n in names if isinstance(n, str)], GRIDS, "grid")
+    for n in names:
+        if not isinstance(n, str) and not callable(n):
+            raise TypeError(f"expected names of grids, or functions of sf.grids, got {described(n)}")
     pairs = [(n, GRIDS[n]) if isinstance(n, str) else (getattr(n, "__name__", repr(n)), n) for n in names]
     return dict(_nonempty(pairs, "grid"))
 
@@ -148,10 +152,12 @@ def budgets(nfe: Iterable[int]) -> list[int]:
     Raises:
         ValueError: one that is not a positive integer, or none.
     """
+    if isinstance(nfe, (set, frozenset, dict, str, bytes)):
+        raise TypeError(f"expected budgets as a list of integers, got {described(nfe)}")
     nfe = list(nfe)
-    bad = [n for n in nfe if isinstance(n, bool) or not isinstance(n, int) or n < 1]
+    bad = [n for n in nfe if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 10_000_000]
     if bad:
-        raise ValueError(f"expected NFE budgets as positive integers, got {bad[0]!r}")
+        raise ValueError(f"expected NFE budgets as positive integers, at most ten million, got {described(bad[0])}")
     return _nonempty(sorted(set(nfe)), "NFE budget")
 
 

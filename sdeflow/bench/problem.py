@@ -21,6 +21,10 @@ Draw = Callable[[int, int], Tensor]
 """`draw(n, seed)`: n independent samples (n, *shape)."""
 
 
+_MOST = 100_000_000
+"""Samples that a machine holds."""
+
+
 @checked_class
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -87,8 +91,8 @@ class Problem:
                 raise ValueError(f"bench.Problem: expected {what} > 0, got {value!r}")
         for what, least in (("samples", 2), ("draws", 16)):
             value = getattr(self, what)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"bench.Problem: expected {what} >= {least}, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
+                raise ValueError(f"bench.Problem: expected {what} >= {least}, got {value!r} (at most {_MOST})")
 
     def start(self, n: int, seed: int, dtype: torch.dtype) -> Tensor:
         """n start states at t1, (n, *shape) of `dtype`."""

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked, event_shape
 from sdeflow.engine.base import Engine
 from sdeflow.expectation.allocation import LEAST, Sampled, Term, sample_terms
 from sdeflow.expectation.antithetic import Pairs
@@ -34,6 +35,7 @@ METHODS: tuple[Method, ...] = ("plain", "antithetic", "sobol", "control", "multi
 _PILOT_LEVELS = 5
 
 
+@checked
 def expect(
     functional: Functional,
     problem: Problem | Model,
@@ -113,6 +115,7 @@ def expect(
         ArithmeticError: samples failed.
     """
     _check(tol, num, confidence, method, pilot, batch, max_num, coarsest, dimension)
+    shape = None if shape is None else event_shape(shape, max(pilot, min(batch, num or batch)))
     made = simulation(
         functional, problem, x, solver, shape=shape, steps=steps, grid=grid, rtol=rtol, atol=atol, t_span=t_span,
         eta=eta, save=save, seed=checked_seed(seed), dtype=dtype, device=device,
@@ -316,14 +319,19 @@ class _Run:
         )  # fmt: skip
 
 
+_LEAST_TOL = 1e-100
+_MOST = {"num": 10**12, "pilot": 10**7, "batch": 1 << 30, "max_num": 10**15, "coarsest": 10**7, "dimension": 10**7}
+"""What a call can finish or hold."""
+
+
 def _check(
     tol: float | None, num: int | None, confidence: float, method: str, pilot: int, batch: int, max_num: int,
     coarsest: int, dimension: int,
 ) -> None:  # fmt: skip
     if (tol is None) == (num is None):
         raise ValueError(f"expected tol or num, one of the two, got tol={tol!r} and num={num!r}")
-    if tol is not None and not (math.isfinite(tol) and tol > 0):
-        raise ValueError(f"expected tol > 0, got {tol!r}")
+    if tol is not None and not _LEAST_TOL <= tol <= 1 / _LEAST_TOL:
+        raise ValueError(f"expected tol > 0, from {_LEAST_TOL:g} to {1 / _LEAST_TOL:g}, got {tol!r}")
     if not 0 < confidence < 1:
         raise ValueError(f"expected confidence in (0, 1), got {confidence!r}")
     if method != "auto" and method not in METHODS:
@@ -331,8 +339,11 @@ def _check(
     least = {"num": (num, 2), "pilot": (pilot, 64), "batch": (batch, 1), "max_num": (max_num, 2)}
     least |= {"coarsest": (coarsest, 1), "dimension": (dimension, 1)}
     for name, (value, low) in least.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-            raise ValueError(f"expected {name} as an integer >= {low}, got {value!r}")
+        most = _MOST[name]
+        if value is None and name == "num":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= most:
+            raise ValueError(f"expected {name} as an integer >= {low}, got {value!r} (at most {most})")
 
 
 def _levels(

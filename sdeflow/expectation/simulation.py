@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdeflow.checked import described, tensor
 from sdeflow.expectation.sums import Drawn
 from sdeflow.model import Model
 from sdeflow.noise import PRIOR, Noise, NoiseSource, Seeded
@@ -131,8 +132,8 @@ def checked_values(value: object, batch: int) -> Tensor:
     if not isinstance(value, Tensor) or value.ndim not in (1, 2) or value.shape[0] != batch:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"the functional returned {got}: expected a tensor ({batch},) or ({batch}, k)")
-    if value.is_complex():
-        raise TypeError(f"the functional returned {value.dtype}: expected real values")
+    if not tensor(value):
+        raise TypeError(f"the functional returned {described(value)}: expected real values")
     value = value.detach().to("cpu", torch.float64)
     return value.unsqueeze(1) if value.ndim == 1 else value
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sdeflow.checked import described, numbers
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Prediction
 from sdeflow.processes import EDM, DiscreteVP, RectifiedFlow
@@ -72,7 +73,13 @@ _POSITIVE = (
     "sample_max_value", "dynamic_thresholding_ratio",
 )  # fmt: skip
 _TEXT = ("_class_name", "prediction_type", "beta_schedule", "timestep_spacing", "final_sigmas_type", "sigma_schedule")
+_FLAGS = (
+    "clip_sample", "thresholding", "rescale_betas_zero_snr", "use_flow_sigmas", "invert_sigmas", "use_karras_sigmas",
+    "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_dynamic_shifting", "set_alpha_to_one",
+)  # fmt: skip
 _LONGEST = 1_000_000
+_LARGEST = 1e30
+"""A number whose square float32 may not hold, but no more than that."""
 
 
 def _check(config: Config) -> None:
@@ -82,10 +89,13 @@ def _check(config: Config) -> None:
             raise ValueError(f"expected {key} as text, got {config[key]!r}")
     for key in _POSITIVE:
         value = config.get(key, 1.0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
-            raise ValueError(f"expected a finite {key} > 0, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LARGEST:
+            raise ValueError(f"expected a finite {key} > 0, got {described(value)} (at most {_LARGEST:g})")
     if config.get("dynamic_thresholding_ratio", 1.0) > 1:
         raise ValueError(f"expected dynamic_thresholding_ratio in (0, 1], got {config['dynamic_thresholding_ratio']!r}")
+    for key in _FLAGS:
+        if not isinstance(config.get(key, False), bool):
+            raise ValueError(f"expected {key} as true or false, got {config[key]!r:.60}")
     size = config.get("num_train_timesteps", 2)
     if isinstance(size, bool) or not isinstance(size, int) or not 2 <= size <= _LONGEST:
         raise ValueError(f"expected num_train_timesteps from 2 to {_LONGEST}, got {size!r}")
@@ -199,7 +209,7 @@ def prediction_of(config: Config) -> Prediction:
 def betas_of(config: Config) -> Tensor:
     """The table of betas (N,), before any rescaling: made in float32, as the network saw it, then float64."""
     if "trained_betas" in config:
-        return torch.as_tensor(config["trained_betas"], dtype=torch.float32).double()
+        return numbers(config["trained_betas"], "trained_betas").float().double()
     size, schedule = needed(config, "num_train_timesteps"), needed(config, "beta_schedule")
     if schedule in _ALPHA_BAR:
         bar = _ALPHA_BAR[schedule]

@@ -18,6 +18,7 @@ except ImportError as error:
         "sdeflow.integrations.diffusers_scheduler needs diffusers: pip install 'sdeflow[diffusers]'"
     ) from error
 
+from sdeflow.checked import described, numbers, whole
 from sdeflow.grids import GRIDS
 from sdeflow.integrations.diffusers_config import kind_of, own_entries, read_config
 from sdeflow.integrations.diffusers_grids import chosen_grid, time_of_told
@@ -140,6 +141,12 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # their
             raise ValueError("expected a solver, or a plan, and not both")
         if plan is not None and (grid is not None or eta != 0.0):
             raise ValueError("a plan has its own grid and eta: expected neither")
+        if solver is not None and not isinstance(solver, str):
+            raise TypeError(f"expected solver as text, such as 'DPMSolverPP(2)', got {described(solver)}")
+        if seed is not None and not whole(seed):
+            raise TypeError(f"expected seed as a whole number or None, got {described(seed)}")
+        if grid is not None and not isinstance(grid, (str, list, tuple)):
+            raise TypeError(f"expected grid as None, a name, or a list of times, got {described(grid)}")
         if isinstance(grid, str) and grid not in GRIDS:
             raise ValueError(f"unknown grid {grid!r}: expected None, times, or one of {', '.join(GRIDS)}")
         self.timesteps: Tensor | None = None
@@ -159,7 +166,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # their
             self._solver = solver_of(solver)
             self._solver.check(self._problem)
             if isinstance(grid, (list, tuple)):
-                self._use(self._planned(torch.tensor(grid, dtype=torch.float64)), None)
+                self._use(self._planned(numbers(grid, "grid")), None)
 
     # ---- constructors
 

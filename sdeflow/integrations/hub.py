@@ -38,6 +38,8 @@ def load_model(
         ValueError: a name that is not of a safetensors file inside the repository, or a file that is no checkpoint.
         huggingface_hub.errors: no such repository, revision or file, or none of them in the cache when offline.
     """
+    if not isinstance(repo_id, str) or (revision is not None and not isinstance(revision, str)):
+        raise TypeError(f"expected repo_id and revision as text, got {repo_id!r:.60} and {revision!r:.60}")
     _check_filename(filename)
     path = _client().hf_hub_download(
         repo_id, filename, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only

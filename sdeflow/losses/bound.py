@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from sdeflow.checked import checked
+from sdeflow.checked import checked, described, tensor
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.losses.pixels import check_levels, discretised_log_likelihood
 from sdeflow.model import Model, row_of
@@ -34,6 +34,8 @@ from sdeflow.times import align
 @checked
 def prior_bits(process: GaussianSDE, x0: Tensor) -> Tensor:
     """L_N = KL(N(alpha x_0, sigma^2 I) | N(0, prior_std^2 I)) at t1, (batch,): bits a dimension; of any GaussianSDE."""
+    if x0.ndim < 2 or x0.numel() == 0:
+        raise ValueError(f"expected x0 (batch, *event) with at least one sample, got shape {tuple(x0.shape)}")
     alpha, sigma = float(process.alpha(process.t1)), float(process.sigma(process.t1))
     std = process.prior_std
     gap = 2 * math.log(sigma / std)  # the log ratio of the variances
@@ -89,6 +91,8 @@ def bound_bits(
         The rest as `step_bits`, which is called N times.
     """
     process = _table(model)
+    if x0.ndim < 2 or x0.numel() == 0 or not x0.is_floating_point():
+        raise ValueError(f"expected x0 as floating-point numbers (batch, *event), got {described(x0)}")
     terms = []
     for n in range(process.betas.numel()):
         eps = torch.randn(x0.shape, dtype=x0.dtype, device=x0.device, generator=generator)
@@ -144,11 +148,14 @@ def _state(
 ) -> tuple[DiscreteVP, Tensor, Tensor, Tensor]:
     """(process, n, t, x_t), n and t 0-d or (batch, 1, ..., 1)."""
     process = _table(model)
+    if x0.ndim < 2 or x0.numel() == 0 or not x0.is_floating_point():
+        raise ValueError(f"expected x0 as floating-point numbers (batch, *event), got {described(x0)}")
     if levels is not None:
         check_levels(x0, levels)
     entries = torch.as_tensor(n)
-    if entries.is_floating_point() or entries.is_complex() or entries.dtype == torch.bool:
-        raise TypeError(f"expected n as integers, got {entries.dtype}")
+    if entries.is_floating_point() or not tensor(entries) or entries.dtype == torch.bool:
+        raise TypeError(f"expected n as integers, got {described(entries)}")
+    entries = entries.to(torch.int64)  # bytes would be a mask
     number = process.betas.numel()
     if entries.device.type == "cpu" and entries.numel() > 0:
         low, high = int(entries.min()), int(entries.max())
@@ -172,6 +179,8 @@ def _share(variance: Variance, x: Tensor, t: Tensor) -> Tensor:
     if not callable(variance):
         raise ValueError(f'expected variance "posterior", "forward" or a function v(x, t), got {variance!r}')
     v = variance(x, t)
+    if not tensor(v):
+        raise ValueError(f"expected v(x, t) as a tensor of real numbers, got {described(v)}")
     try:
         v = v.expand(x.shape)
     except (AttributeError, RuntimeError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -18,6 +17,10 @@ from sdeflow.model import Model
 from sdeflow.times import Time, align
 
 Gap = Literal["level", "angle"]
+
+
+_LARGEST_HUBER = 1e6
+"""Beyond it, sqrt(d + c^2) - c is rounding in float32, and d/(2 c) what is meant."""
 
 
 @checked
@@ -75,8 +78,10 @@ def consistency(
         raise ValueError(f"consistency: expected order 1 or 2, got {order!r}")
     if order != 1 and teacher is None:
         raise ValueError("consistency: order is that of the teacher's step, and there is no teacher")
-    if huber is not None and not (math.isfinite(huber) and huber > 0):
-        raise ValueError(f"consistency: expected huber as None or a finite number > 0, got {huber!r}")
+    if huber is not None and not 0 < huber <= _LARGEST_HUBER:
+        raise ValueError(
+            f"consistency: expected huber as None or a number > 0, at most {_LARGEST_HUBER:g}, got {huber!r}"
+        )
     if gap not in (None, "level", "angle"):
         raise ValueError(f'consistency: expected gap None, "level" or "angle", got {gap!r}')
     if teacher is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdeflow.checked import checked, checked_class
 from sdeflow.gaussian import GaussianSDE
-from sdeflow.losses.times import lowest
+from sdeflow.losses.times import MOST_TIMES, lowest
 
 
 @checked_class
@@ -36,6 +36,8 @@ class LossHistory:
         for name, value in (("bins", bins), ("history", history)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"expected {name} to be an integer >= 1, got {value!r}")
+        if bins * history > MOST_TIMES:
+            raise ValueError(f"expected at most {MOST_TIMES} losses, bins times history, got {bins} times {history}")
         if not (math.isfinite(uniform) and 0 <= uniform <= 1):
             raise ValueError(f"expected uniform in [0, 1], got {uniform!r}")
         self.bins, self.uniform = bins, float(uniform)

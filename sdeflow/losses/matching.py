@@ -51,9 +51,10 @@ def denoising(
     """
     as_ = model.prediction if as_ is None else as_
     process, t = model.gaussian, align(t, x0)
+    x = process.perturb(x0, t, eps)  # first: it refuses shapes that do not fit
     a, b = row_of(as_, process, t)
     target = a.to(x0.dtype) * x0 + b.to(x0.dtype) * eps
-    error = model(process.perturb(x0, t, eps), t, as_) - target
+    error = model(x, t, as_) - target
     return weighted_mean(error.square(), weight, process, t, as_)
 
 
@@ -85,6 +86,8 @@ def kernel_matching(model: Model, x: Tensor, t: Time, target: Tensor, *, weight:
     Raises:
         ValueError: shapes that do not fit, or a weight that is not finite and >= 0.
     """
+    if not x.is_floating_point():
+        raise TypeError(f"expected x as floating-point states (batch, *event), got {x.dtype}")
     if target.shape != x.shape:
         raise ValueError(f"expected target of the shape of x, {tuple(x.shape)}, got {tuple(target.shape)}")
     t = align(t, x)

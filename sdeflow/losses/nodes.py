@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sdeflow.checked import checked
 from sdeflow.gaussian import GaussianSDE
+from sdeflow.losses.times import check_count
 from sdeflow.model import Model
 
 
@@ -31,6 +32,7 @@ def grid_times(
     nodes = falling(grid, "grid_times")
 
     def times(process: GaussianSDE, n: int) -> Tensor:
+        check_count(n)
         check_span(nodes, process, "grid_times")
         return nodes[torch.randint(nodes.numel() - 1, (n,), generator=generator)]
 

@@ -28,6 +28,12 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor, le
         ValueError: levels < 2, or values off the grid.
     """
     check_levels(x, levels)
+    for name, value in (("mean", mean), ("log_variance", log_variance)):
+        fits = value.ndim <= x.ndim and all(n in (1, m) for n, m in zip(value.shape[::-1], x.shape[::-1], strict=False))
+        if not fits:
+            raise ValueError(
+                f"expected {name} of a shape that broadcasts to {tuple(x.shape)}, that of x; got {tuple(value.shape)}"
+            )
     half = 1 / (levels - 1)
     inverse = torch.exp(-0.5 * log_variance.to(torch.float64))
     offset = x.to(torch.float64) - mean.to(torch.float64)

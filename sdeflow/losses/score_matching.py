@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sdeflow.checked import checked
+from sdeflow.checked import checked, described
 from sdeflow.losses.matching import AnyWeight
 from sdeflow.losses.weights import weight_at
 from sdeflow.model import Model
@@ -104,6 +104,8 @@ def _evaluated(
     loss: Callable[[Tensor, Tensor], Tensor], model: Model, x: Tensor, t: Tensor, weight: AnyWeight | None
 ) -> Tensor:
     """The loss at (leaf, score(leaf)), with a graph to the model's parameters where the caller wants one."""
+    if not x.is_floating_point() or x.ndim < 2 or x.numel() == 0:
+        raise ValueError(f"expected x as floating-point states (batch, *event), got {described(x)}")
     keep = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         leaf = x.detach().clone().requires_grad_()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdeflow.checked import checked
+from sdeflow.checked import checked, described
 
 _SPREAD = 5.0
 """lam/_SPREAD goes through tanh: VP at t = 1e-3 .. 1 has lam = 4.6 .. -5, and both infinities are finite."""
@@ -20,6 +20,18 @@ def time_features(lam: Tensor, harmonics: int) -> Tensor:
 
     The slowest has a period of twice the range, so no two times share their features.
     """
+    return _features(lam, harmonics)
+
+
+def _features(lam: Tensor, harmonics: int) -> Tensor:
+    """`time_features` of a network's own call, which may be on "meta" too."""
+    if not isinstance(lam, Tensor):
+        raise TypeError(f"expected lam as a tensor, got {described(lam)}")
+    if not lam.is_floating_point() or not 1 <= harmonics * max(lam.numel(), 1) < 1 << 30:
+        raise ValueError(
+            f"expected lam as floating-point numbers and harmonics >= 1, got {lam.dtype} of shape {tuple(lam.shape)} "
+            f"and {harmonics}"
+        )
     angle = torch.tanh(lam / _SPREAD).unsqueeze(-1) * (
         0.5 * math.pi * torch.arange(1, harmonics + 1, device=lam.device, dtype=lam.dtype)
     )
@@ -55,7 +67,7 @@ class Conditioned(nn.Module):
         """(batch, embedding) of the time and the label; x is checked for its shape."""
         if x.shape[1:] != self.shape:
             raise ValueError(f"expected x of shape (batch, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
-        time = self.time(time_features(lam, self.harmonics))
+        time = self.time(_features(lam, self.harmonics))
         if not self.classes:
             if label is not None:
                 raise ValueError("expected no label: the network was made without classes")

@@ -44,6 +44,8 @@ class MLP(Conditioned):
         classes: int = 0,
         learned_variance: bool = False,
     ) -> None:
+        if not shape:
+            raise ValueError("expected shape with at least one size, got ()")
         config: dict[str, Any] = {
             "shape": list(shape), "width": width, "depth": depth, "embedding": embedding, "harmonics": harmonics,
         }  # fmt: skip

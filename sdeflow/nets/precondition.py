@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdeflow.checked import checked_class
+from sdeflow.checked import LARGEST, checked_class
 from sdeflow.nets.mlp import MLP
 from sdeflow.nets.unet import UNet
 
@@ -35,8 +35,8 @@ class EDMPreconditioned(nn.Module):
             if name not in _INNER:
                 raise ValueError(f"expected the description of one of {', '.join(_INNER)}, got {name!r}")
             net = _INNER[name](**{key: value for key, value in net.items() if key != "name"})
-        if not sigma_data > 0:
-            raise ValueError(f"expected sigma_data > 0, got {sigma_data!r}")
+        if not 0 < sigma_data <= LARGEST:
+            raise ValueError(f"expected sigma_data > 0, got {sigma_data!r} (at most {LARGEST:g})")
         self.net, self.sigma_data = net, float(sigma_data)
 
     @property

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdeflow.checked import checked, checked_class
+from sdeflow.checked import LARGEST, checked, checked_class
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.noise import Noise
 from sdeflow.plan import Plan, eta_key
@@ -153,8 +153,8 @@ class EulerAncestral(DDIM):
     def __post_init__(self) -> None:
         if isinstance(self.eta, bool) or not (isinstance(self.eta, (int, float)) and math.isfinite(self.eta)):
             raise ValueError(f"EulerAncestral: expected a finite eta >= 0, got {self.eta!r}")
-        if self.eta < 0:
-            raise ValueError(f"EulerAncestral: expected a finite eta >= 0, got {self.eta!r}")
+        if not 0 <= self.eta <= LARGEST:
+            raise ValueError(f"EulerAncestral: expected a finite eta >= 0, got {self.eta!r} (at most {LARGEST:g})")
 
 
 @dataclass(frozen=True)

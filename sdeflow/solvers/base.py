@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -161,9 +163,18 @@ def per_row(v: Tensor, x: Tensor) -> Tensor:
 class LinearSolver(Solver):
     """A method whose every state is a linear combination: on a fixed grid it is a `Plan`."""
 
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        if "plan" in vars(cls):
+            cls.plan = _on_checked_grid(cls.plan)  # type: ignore[method-assign]
+
     @abstractmethod
     def plan(self, problem: Problem, grid: Tensor) -> Plan:
-        """All coefficients of all steps on `grid`, in float64, before the first model call."""
+        """All coefficients of all steps on `grid`, in float64, before the first model call.
+
+        Whatever method a subclass gives is called with a problem and a grid that `solve` would take, float64 on the
+        CPU; users may give a list of times.
+        """
 
     def plan_key(self, problem: Problem) -> Hashable | None:
         """What `plan` reads of a problem, as a key to keep plans by; None where it may change unseen."""
@@ -172,6 +183,35 @@ class LinearSolver(Solver):
     def stepper(self, problem: Problem, x: Tensor, grid: Tensor, noise: Noise | None) -> Stepper:
         plan = kept_plan(self, self.plan_key(problem), grid, lambda: self.plan(problem, grid))
         return plan.stepper(problem, x, grid, noise)
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+_IN_A_PLAN: ContextVar[bool] = ContextVar("_IN_A_PLAN", default=False)
+"""Whether a plan asks others for parts of itself: on a grid that was checked, or on a clock that is no time."""
+
+
+def _on_checked_grid(plan: _Method) -> _Method:
+    """The method `plan`, which refuses what is no problem and no grid of its times."""
+
+    @functools.wraps(plan)
+    def planned(self: Solver, problem: Problem, grid: Tensor) -> Plan:
+        from sdeflow.solve_input import checked_problem_grid
+
+        made: Plan
+        if _IN_A_PLAN.get():
+            made = plan(self, problem, grid)
+            return made
+        grid = checked_problem_grid(problem, grid)
+        token = _IN_A_PLAN.set(True)
+        try:
+            made = plan(self, problem, grid)
+        finally:
+            _IN_A_PLAN.reset(token)
+        return made
+
+    return planned  # type: ignore[return-value]
 
 
 def reversal_key(problem: Problem) -> Hashable | None:

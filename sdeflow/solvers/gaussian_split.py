@@ -14,6 +14,7 @@ relatives: Lu et al. 2023, DPM-Solver-v3, a fitted linear part; Wang and Vastola
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sdeflow.checked import checked, checked_class
+from sdeflow.checked import checked, checked_class, event_shape, numbers
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model
 from sdeflow.noise import DATA, Noise
@@ -38,6 +39,10 @@ from sdeflow.solvers.split_march import SplitMarch
 _POINTS = 48
 _REACH = 24.0
 """In lam, beyond which a step towards sigma = 0 adds less than exp(-48) to the integral."""
+
+
+_LARGEST = 1e30
+"""A variance whose coefficients are still numbers of float32."""
 
 
 @checked_class
@@ -74,7 +79,17 @@ class GaussianSplit(Solver):
             raise ValueError(f"GaussianSplit: expected order 1 to 4, got {self.order!r}")
         if self.start not in ("ramp", "runge-kutta"):
             raise ValueError(f'GaussianSplit: expected start "ramp" or "runge-kutta", got {self.start!r}')
-        variance = torch.as_tensor(self.variance, dtype=torch.float64)
+        for name in ("mean", "variance"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float, Tensor, list, tuple)):  # a fraction, a decimal, or one of numpy
+                object.__setattr__(self, name, numbers(value, name))
+        variance, mean = numbers(self.variance, "variance"), numbers(self.mean, "mean")
+        if not bool(torch.isfinite(mean).all()) or mean.numel() == 0 or variance.numel() == 0:
+            raise ValueError(
+                f"GaussianSplit: expected a finite mean and variance, got {self.mean!r}, {self.variance!r}"
+            )
+        if bool((variance.abs() > _LARGEST).any()):
+            raise ValueError(f"GaussianSplit: expected a variance of at most {_LARGEST:g}, got {self.variance!r}")
         if not bool(torch.isfinite(variance).all()) or (variance.ndim < 2 and bool((variance < 0).any())):
             raise ValueError(f"GaussianSplit: expected a finite variance >= 0, got {self.variance!r}")
 
@@ -343,8 +358,12 @@ def estimate_split(
         shape: of one sample.
         probes: antithetic pairs.
     """
+    probes = int(probes)
     if probes < 1:
         raise ValueError(f"expected probes >= 1, got {probes}")
+    shape = event_shape(shape, 2 * probes)
+    if not (math.isfinite(level) and level > 0):
+        raise ValueError(f"expected level > 0, got {level!r}")
     process = model.gaussian
     at = process.time_of_lam(
         torch.maximum(-torch.log(torch.tensor(level, dtype=torch.float64)), process.lam(process.t1))

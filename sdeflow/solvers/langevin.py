@@ -41,8 +41,8 @@ class Langevin:
     size: Literal["level", "sample", "batch"] = "level"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.snr) and self.snr > 0):
-            raise ValueError(f"Langevin: expected snr > 0, got {self.snr!r}")
+        if not 0 < self.snr <= 1e15:  # its square multiplies float32 states
+            raise ValueError(f"Langevin: expected snr > 0, got {self.snr!r} (at most 1e15)")
         if isinstance(self.steps, bool) or not (isinstance(self.steps, int) and 1 <= self.steps <= 1_000_000):
             raise ValueError(f"Langevin: expected steps >= 1, got {self.steps!r} (at most a million)")
         if self.size not in ("level", "sample", "batch"):

@@ -68,12 +68,15 @@ class LinearExponential(Solver):
     def __post_init__(self) -> None:
         if isinstance(self.order, bool) or self.order not in (1, 2, 3):
             raise ValueError(f"LinearExponential: expected order 1, 2 or 3, got {self.order!r}")
+        object.__setattr__(self, "order", int(self.order))  # small integers of numpy would wrap
         if self.start not in ("ramp", "sweep"):
             raise ValueError(f'LinearExponential: expected start "ramp" or "sweep", got {self.start!r}')
         if self.covariance is not None:
             c = numbers(self.covariance, "covariance")
             if c.ndim != 2 or c.shape[0] != c.shape[1]:
                 raise ValueError(f"LinearExponential: expected a covariance (k, k), got {tuple(c.shape)}")
+            if c.numel() == 0 or not bool(torch.isfinite(c).all()):
+                raise ValueError("LinearExponential: expected a finite covariance, got NaN, infinity or none")
             size = float(c.abs().amax())
             if not torch.allclose(c, c.mT, rtol=0, atol=1e-10 * size) or not bool(
                 (torch.linalg.eigvalsh(c) >= -1e-10 * size).all()

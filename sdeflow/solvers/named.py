@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from sdeflow.checked import checked
+from sdeflow.checked import LARGEST, checked
 from sdeflow.reverse import Eta
 from sdeflow.solvers.adams import Adams
 from sdeflow.solvers.exponential import ExponentialMultistep
@@ -86,8 +86,8 @@ def SASolver(predictor: int = 3, corrector: int = 4, tau: Eta | OwnEta | None = 
     """
     if isinstance(corrector, bool) or corrector not in (0, 2, 3, 4, 5):
         raise ValueError(f"SASolver: expected a corrector of 2 to 5 evaluations, or 0 for none, got {corrector!r}")
-    if isinstance(tau, (int, float)) and not tau >= 0:
-        raise ValueError(f"SASolver: expected tau >= 0, got {tau!r}")
+    if isinstance(tau, (int, float)) and not 0 <= tau <= LARGEST:
+        raise ValueError(f"SASolver: expected tau >= 0, got {tau!r} (at most {LARGEST:g})")
     return ExponentialMultistep(
         predictor, corrector=max(corrector - 1, 0), eta=Window() if tau is None else tau,
         name=f"SASolver({predictor}, {corrector})",

@@ -17,6 +17,9 @@ from sdeflow.reverse import ReverseSDE
 from sdeflow.sde import Problem
 from sdeflow.solvers.base import LinearSolver, Solver, Stepper, semilinear
 
+_MOST = 1000
+"""Times that a step is taken anew."""
+
 
 @dataclass(frozen=True, eq=False)
 class _AfterStep(Solver):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdeflow.checked import checked_class
+from sdeflow.checked import LARGEST, checked_class, described, tensor
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.reverse import Eta, ReverseSDE
 from sdeflow.times import Time, as_time
@@ -47,8 +47,8 @@ class Window(OwnEta):
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high <= 1:
             raise ValueError(f"Window: expected 0 <= low < high <= 1, got {self.low!r} and {self.high!r}")
-        if not (math.isfinite(self.value) and self.value >= 0):
-            raise ValueError(f"Window: expected value >= 0, got {self.value!r}")
+        if not 0 <= self.value <= LARGEST:
+            raise ValueError(f"Window: expected value >= 0, got {self.value!r} (at most {LARGEST:g})")
 
     def _ends(self, process: GaussianSDE) -> tuple[float, float]:
         span = process.t1 - process.t0
@@ -84,7 +84,11 @@ class NoiseScale(OwnEta):
         x = torch.exp(-lam)
         if self.phi is None:  # by logarithms: exp(x^0.3) overflows at the start of a rectified flow
             return torch.logaddexp(x**0.3, torch.tensor(math.log(10.0), dtype=torch.float64, device=x.device))
-        return torch.log(self.phi(x)) + lam
+        scale = self.phi(x)
+        if not tensor(scale) or scale.numel() not in (1, x.numel()) or scale.ndim > x.ndim:
+            got = described(scale)
+            raise ValueError(f"NoiseScale: expected phi to return real numbers of shape {tuple(x.shape)}, got {got}")
+        return torch.log(scale) + lam
 
     def at(self, process: GaussianSDE, t: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():

@@ -13,6 +13,8 @@ from sdeflow.calculus import NoiseKind
 from sdeflow.checked import checked_class
 from sdeflow.solvers.stochastic import H, StochasticSolver, Terms
 
+_LEAST, _MOST = 1e-6, 1e4
+
 
 @checked_class
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class SKROCK(StochasticSolver):
     def __post_init__(self) -> None:
         if isinstance(self.stages, bool) or not isinstance(self.stages, int) or not 1 <= self.stages <= 10_000:
             raise ValueError(f"SKROCK: expected stages >= 1, got {self.stages!r} (at most 10000)")
-        if not (math.isfinite(self.damping) and self.damping > 0):
-            raise ValueError(f"SKROCK: expected damping > 0, got {self.damping!r}")
+        if not _LEAST <= self.damping <= _MOST:  # beyond, cosh overflows or acosh has no digits
+            raise ValueError(f"SKROCK: expected damping > 0, from {_LEAST:g} to {_MOST:g}, got {self.damping!r}")
 
     @property
     def name(self) -> str:  # type: ignore[override]

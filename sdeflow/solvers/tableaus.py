@@ -56,8 +56,15 @@ class Tableau:
     reference: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name or not isinstance(self.reference, str):
+            raise TypeError(f"expected name and reference as text, got {self.name!r:.60} and {self.reference!r:.60}")
+        if isinstance(self.order, bool) or not isinstance(self.order, int) or self.order < 1:
+            raise ValueError(f"{self.name}: expected order as an integer >= 1, got {self.order!r:.60}")
         if len(self.a) != len(self.c) or any(len(row) != i for i, row in enumerate(self.a)):
             raise ValueError(f"{self.name}: expected row i of a to have i entries, one row a stage")
+        rows = (*self.a, self.b, self.c, *self.extra_a, self.extra_c)
+        if not all(math.isfinite(float(v)) for row in rows for v in row):
+            raise ValueError(f"{self.name}: expected finite coefficients")
         if len(self.b) != len(self.c):
             raise ValueError(f"{self.name}: expected {len(self.c)} weights b, got {len(self.b)}")
         if abs(_sum(self.b) - 1) > 1e-14:

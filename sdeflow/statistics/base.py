@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from sdeflow.checked import described, tensor
 from sdeflow.solution import Solution
 
 
@@ -96,8 +97,8 @@ def checked_block(x: Tensor, event: tuple[int, ...] | None) -> Tensor:
     Raises:
         TypeError, ValueError: no block of numbers, or one of another event shape.
     """
-    if not isinstance(x, Tensor) or x.ndim < 1 or x.is_complex():
-        raise TypeError(f"expected a real tensor (n, *event), got {type(x).__name__}")
+    if not tensor(x) or x.ndim < 1:
+        raise TypeError(f"expected a real tensor (n, *event), got {described(x)}")
     if event is not None and tuple(x.shape[1:]) != event:
         raise ValueError(f"expected values of shape (n, {', '.join(map(str, event))}), got {tuple(x.shape)}")
     return x.detach().to("cpu", torch.float64)

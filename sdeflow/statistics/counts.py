@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked, checked_class, numbers
 from sdeflow.statistics.base import Statistic, checked_block
 
 
@@ -77,7 +78,7 @@ class Histogram(_Counts):
 
     def __init__(self, edges: Sequence[float] | Tensor) -> None:
         super().__init__()
-        self.edges = torch.as_tensor(edges, dtype=torch.float64)
+        self.edges = numbers(edges, "edges").detach().to("cpu")
         if self.edges.ndim != 1 or len(self.edges) < 2 or not bool((self.edges[1:] > self.edges[:-1]).all()):
             raise ValueError("expected at least two increasing edges")
 
@@ -113,6 +114,11 @@ class Histogram(_Counts):
         return torch.from_numpy(self._counts.copy()).reshape(*self._event, -1)
 
 
+_LEAST = 1e-150
+"""A magnitude whose ratio to its reciprocal is a number."""
+
+
+@checked_class
 class Quantiles(_Counts):
     """Quantiles of each component to a relative accuracy, from counts in geometric bins.
 
@@ -126,9 +132,10 @@ class Quantiles(_Counts):
 
     def __init__(self, accuracy: float = 0.01, *, least: float = 1e-9, most: float = 1e9) -> None:
         super().__init__()
-        if not 0 < accuracy < 1 or not 0 < least < most < math.inf:
+        if not 1e-6 <= accuracy < 1 or not _LEAST <= least < most <= 1 / _LEAST:
             raise ValueError(
-                f"expected accuracy in (0, 1) and 0 < least < most, got {accuracy!r}, {least!r} and {most!r}"
+                f"expected accuracy in (0, 1), at least 1e-6, and 0 < least < most, from {_LEAST:g} to "
+                f"{1 / _LEAST:g}, got {accuracy!r}, {least!r} and {most!r}"
             )
         self.accuracy, self.least, self.most = float(accuracy), float(least), float(most)
         self._log = math.log((1 + accuracy) / (1 - accuracy))
@@ -147,6 +154,7 @@ class Quantiles(_Counts):
         k = np.where(size < self.least, 0, np.clip(k, 1, self._side)).astype(np.int64)
         return self._side + np.where(x < 0, -k, k)
 
+    @checked
     def quantile(self, q: float) -> Tensor:
         """The q-quantile of each component, float64 (*event): the value of rank floor(q (n - 1)).
 

@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from sdeflow.checked import checked_class, described, numbers, tensor
 from sdeflow.metrics import w2_gaussian
 from sdeflow.statistics.base import Statistic, checked_block
 from sdeflow.statistics.exact import ExactSum
@@ -52,6 +53,23 @@ class _Sums(Statistic):
             self._sums.load(dict(arrays))
 
 
+def _centre(centre: float | Tensor) -> Tensor:
+    """The centre, float64."""
+    made = numbers(centre, "centre").detach()
+    if made.numel() == 0 or not bool(torch.isfinite(made).all()):
+        raise ValueError(f"expected a finite centre, got {described(centre)}")
+    return made
+
+
+def _centred(x: Tensor, centre: Tensor) -> Tensor:
+    """x - centre, which must fit the event."""
+    fits = zip(centre.shape[::-1], x.shape[:0:-1], strict=False)
+    if (centre.ndim >= x.ndim and centre.ndim) or any(size not in (1, of_x) for size, of_x in fits):
+        raise ValueError(f"expected a centre of the event's shape {tuple(x.shape[1:])}, got {tuple(centre.shape)}")
+    return x - centre
+
+
+@checked_class
 class Moments(_Sums):
     """Mean, variance, skewness and kurtosis of each component, from sums of (x - centre)^k, k = 1..order.
 
@@ -67,15 +85,13 @@ class Moments(_Sums):
         if isinstance(order, bool) or order not in (1, 2, 3, 4):
             raise ValueError(f"expected an order from 1 to 4, got {order!r}")
         super().__init__()
-        self.order, self.centre = order, torch.as_tensor(centre, dtype=torch.float64)
-        if not bool(torch.isfinite(self.centre).all()):
-            raise ValueError("expected a finite centre")
+        self.order, self.centre = int(order), _centre(centre)
 
     def empty(self) -> Self:
         return type(self)(self.order, centre=self.centre)
 
     def add(self, x: Tensor) -> None:
-        x = checked_block(x, None if self._sums is None else self._sums.shape[1:]) - self.centre
+        x = _centred(checked_block(x, None if self._sums is None else self._sums.shape[1:]), self.centre)
         if len(x) == 0:
             return
         self._take(torch.stack([(x**k).sum(0) for k in range(1, self.order + 1)]), len(x))
@@ -125,6 +141,7 @@ class Moments(_Sums):
         return (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / (m2 - m1**2) ** 2
 
 
+@checked_class
 class Covariance(_Sums):
     """Mean and covariance of the flattened event, D numbers, from sums of x and x x^T.
 
@@ -134,7 +151,7 @@ class Covariance(_Sums):
 
     def __init__(self, *, centre: float | Tensor = 0.0) -> None:
         super().__init__()
-        self.centre = torch.as_tensor(centre, dtype=torch.float64)
+        self.centre = _centre(centre)
 
     def empty(self) -> Self:
         return type(self)(centre=self.centre)
@@ -142,7 +159,7 @@ class Covariance(_Sums):
     def add(self, x: Tensor) -> None:
         if len(x) == 0:
             return
-        x = (checked_block(x, None) - self.centre).flatten(1) if x.ndim > 1 else checked_block(x, None)[:, None]
+        x = _centred(checked_block(x, None), self.centre).flatten(1) if x.ndim > 1 else checked_block(x, None)[:, None]
         if self._sums is not None and self._sums.shape[1] != x.shape[1]:
             raise ValueError(f"expected events of {self._sums.shape[1]} numbers, got {x.shape[1]}")
         self._take(torch.cat([x.sum(0)[None], x.T @ x]), len(x))
@@ -171,6 +188,7 @@ class Covariance(_Sums):
         ) if self.centre.ndim == 0 else mean + self.centre.flatten(), covariance
 
 
+@checked_class
 class Frechet(Covariance):
     """Mean and covariance of features of the samples, and the Frechet distance between two of them.
 
@@ -195,8 +213,8 @@ class Frechet(Covariance):
             return
         with torch.no_grad():
             value = x.flatten(1) if self.features is None else self.features(x)
-        if value.ndim != 2 or len(value) != len(x):
-            raise ValueError(f"expected features ({len(x)}, k), got {tuple(value.shape)}")
+        if not tensor(value) or value.ndim != 2 or len(value) != len(x):
+            raise ValueError(f"expected features ({len(x)}, k), got {described(value)}")
         super().add(value)
 
     def distance(self, other: Covariance) -> float:

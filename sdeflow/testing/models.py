@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdeflow.checked import checked
+from sdeflow.checked import checked, event_shape
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import PREDICTIONS, Model, as_model
 from sdeflow.sde import SDE
@@ -344,10 +344,11 @@ def check_model(
     event = event if event is not None else known.sde.event
     if event is None:
         raise ValueError(f"expected event=, the shape of one sample: {known.sde!r} has none of its own")
-    if points < 4:
-        raise ValueError(f"expected points >= 4, got {points}")
+    points = int(points)  # small integers of numpy would wrap in the products below
+    if not 4 <= points <= 1_000_000:
+        raise ValueError(f"expected points >= 4, got {points} (at most a million)")
     rows = [len(v) for v in known.conditions.values() if isinstance(v, Tensor)]
-    subject = _Subject(known, tuple(event), rows[0] if rows else points, seed)
+    subject = _Subject(known, event_shape(event, 5 * points), rows[0] if rows else points, seed)
     field, warning = _gradient_field(subject, exact, seed)
     findings = [*_conversions(subject), *_contract(subject, calls), *_ends(subject), _conditions(subject), field]
     findings.append(_density(subject, log_density))

@@ -68,8 +68,9 @@ def check_sde(
     """
     if not isinstance(sde, SDE):
         raise TypeError(f"expected an SDE, got {type(sde).__name__}")
-    if points < 1:
-        raise ValueError(f"expected at least 1 point, got {points}")
+    points, seed = int(points), int(seed)
+    if not 1 <= points <= 1_000_000:
+        raise ValueError(f"expected at least 1 point, and at most a million, got {points}")
     event, known = _structure(sde, event)
     claims = _Claims(sde, event, log_density, score, marginal, reverse_drift, flow_drift)
     x, t = _points(sde, event, points, seed)

@@ -3,10 +3,13 @@
 import hypothesis
 import hypothesis.strategies as st
 import pytest
+from typer.testing import CliRunner
 
 from benchmarks.fuzz import KINDS, cases, chosen, tried
 from benchmarks.fuzzing.cases import made
+from benchmarks.fuzzing.commands import attempt
 from benchmarks.fuzzing.pools import Skip, pool
+from sdeflow.cli import app
 
 CALLS = [target for targets in KINDS.values() for target in targets]
 QUICK = [t for t in CALLS if t.name.startswith(("solve with", "solve, "))]
@@ -24,11 +27,33 @@ def test_files():
     assert forbidden(cases("files")) == []
 
 
+OUT = ("--out", "out")
+WORDS = (
+    (), ("no-such-command",), ("solvers", "more"), ("check", "leaves.py:A"), ("check", "syntax.py:A"),
+    ("check", "own.py:Raises", "--points", "nan"), ("sample", "binary.bin", *OUT),
+    ("sample", "model.safetensors", "--out", "own.py"), ("sample", "model.safetensors", *OUT, "--num", "9" * 400),
+    ("sample", "model.safetensors", *OUT, "--eta", "nan"), ("tune", "missing", "--steps", "2", "--out", "out.json"),
+    ("report", "binary.bin", "--out", "out.html"), ("train", "folder", *OUT), ("train", "moons", *OUT, "--lr", "-inf"),
+    ("bench", "--problem", "own.py:number", *OUT), ("bench", *OUT, "--nfe", "1,x"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WORDS, ids=" ".join)
+def test_words_that_do_not_belong(words):
+    assert attempt(words).verdict == "documented error"
+
+
+def test_a_check_says_that_it_runs_the_code():
+    said = CliRunner().invoke(app, ["check", "--help"], env={"COLUMNS": "200"}).output
+    assert "Runs the file (or imports the module) it is in." in said
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_all_inputs(kind):
-    assert forbidden(cases(kind)) == []
+    """Of the command line a sixth: a command takes a tenth of a second, or some seconds if it runs."""
+    assert forbidden(chosen(6000, seed=2)[kind] if kind == "the command line" else cases(kind)) == []
 
 
 @st.composite

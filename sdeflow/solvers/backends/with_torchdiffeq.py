@@ -72,6 +72,10 @@ class Torchdiffeq(Backend):
             all(v > 0 for v in positive) and self.min_step >= 0 and (self.first_step is None or self.first_step > 0)
         ):
             raise ValueError(f"{self.name}: expected positive step sizes and factors, got {self!r}")
+        if not (self.safety <= 1 and self.dfactor < 1 <= self.ifactor and self.min_step <= self.max_step):
+            raise ValueError(  # a refused step that does not shrink is refused for ever
+                f"{self.name}: expected safety <= 1, dfactor < 1 <= ifactor and min_step <= max_step, got {self!r}"
+            )
 
     @property
     def name(self) -> str:  # type: ignore[override]
