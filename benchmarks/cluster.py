@@ -120,14 +120,14 @@ def bytes_part(num: int, kills: int) -> Table:
 
 def overhead_part(num: int) -> Table:
     """Ray after start-up against this process, and two workers against one."""
-    made = table(f"{num:,} samples in shards of a quarter, 40 steps, median of 3", "figure", "seconds", "ratio")
+    made = table(f"{num:,} samples in shards of a quarter, 10 steps, median of 3", "figure", "seconds", "ratio")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
 
         def median(name: str, engine: Engine | None, count: int) -> float:
             taken = []
             for k in range(4):
-                _, seconds = samples(root / f"{name}{k}", count, engine, num // 4, 40)
+                _, seconds = samples(root / f"{name}{k}", count, engine, num // 4, 10)
                 taken.append(seconds)
             return sorted(taken[1:])[1]  # the first warms up: workers start and fetch the model
 
