@@ -371,8 +371,9 @@ class Antithetic(NoiseSource):
 
 def checked_seed(seed: object) -> int:
     """The seed, if it is an integer of 64 bits."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
         raise TypeError(f"expected an integer seed, got {seed!r}")
+    seed = int(seed)
     if not -(1 << 63) <= seed < 1 << 64:
         raise ValueError(f"expected a seed of 64 bits, in [-2^63, 2^64), got {seed}")
     return seed

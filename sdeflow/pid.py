@@ -40,7 +40,7 @@ class PID:
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
             value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and value >= 0 and value == value):
+            if not value >= 0:
                 raise ValueError(f"expected {name} >= 0, got {value!r}")
         if not self.rtol + self.atol > 0:
             raise ValueError("expected rtol or atol above 0, got 0 for both")

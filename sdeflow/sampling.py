@@ -68,8 +68,9 @@ def sample(
     """
     if not isinstance(model, Model):
         raise TypeError(f"expected a Model, got {type(model).__name__}; wrap the network: sf.Model(net, sde, ...)")
-    if isinstance(num, bool) or not isinstance(num, int) or num < 1:
-        raise ValueError(f"expected num >= 1 samples, got {num!r}")
+    num = int(num)
+    if num < 1:
+        raise ValueError(f"expected num >= 1 samples, got {num}")
     if final not in ("stay", "denoise", "zero"):
         raise ValueError(f'expected final "stay", "denoise" or "zero", got {final!r}')
     process = model.gaussian

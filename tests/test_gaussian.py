@@ -339,7 +339,10 @@ def test_the_kernel_from_the_data_is_the_marginal():
 # ---- precision near the data, against 50 digits
 
 
-mpmath.mp.dps = 50
+@pytest.fixture
+def fifty_digits():
+    with mpmath.workdps(50):
+        yield
 
 
 def exact_vp(t):
@@ -368,7 +371,7 @@ def exact_discrete(t):
     [("VP", exact_vp), ("SubVP", exact_sub_vp), ("CosineVP", exact_cosine), ("DiscreteVP(5)", exact_discrete)],
 )  # fmt: skip
 @pytest.mark.parametrize("t", [1e-12, 1e-9, 1e-6, 1e-3, 0.1])
-def test_precision_near_the_data(name, exact, t):
+def test_precision_near_the_data(name, exact, t, fifty_digits):
     process = make(name)
     alpha, sigma = exact(mpmath.mpf(t))
     assert float(process.alpha(t)) == pytest.approx(float(alpha), rel=2e-15)
@@ -383,7 +386,7 @@ def test_the_inverse_of_lam_near_the_data(name, t):
     assert float(process.time_of_lam(process.lam(t))) == pytest.approx(t, rel=1e-10)
 
 
-def test_a_short_transition_keeps_its_digits():
+def test_a_short_transition_keeps_its_digits(, fifty_digits):
     """std^2 over a step of 1e-9 is g^2 h to first order; 1 - ratio^2 would have lost it."""
     process = sf.VP()
     s, h = 0.4, 1e-9

@@ -664,11 +664,16 @@ def test_discretised_likelihood_sums_to_one():
     torch.testing.assert_close(log_p.exp(), torch.from_numpy(stats.norm.cdf([-0.2, 0.2])), rtol=1e-6, atol=0)
 
 
+@pytest.fixture
+def forty_digits():
+    with mpmath.workdps(40):
+        yield
+
+
 @pytest.mark.parametrize(
     ("k", "mean", "std"), [(3, 0.9, 0.02), (250, -0.9, 0.02), (128, -1.0, 0.03), (255, -0.5, 0.05), (0, 1.0, 0.01)]
 )
-def test_discretised_likelihood_far_from_the_mean(k, mean, std):
-    mpmath.mp.dps = 40
+def test_discretised_likelihood_far_from_the_mean(k, mean, std, forty_digits):
     x, h = mpmath.mpf(k) / mpmath.mpf("127.5") - 1, mpmath.mpf(1) / 255
 
     def beyond(y):
@@ -678,7 +683,6 @@ def test_discretised_likelihood_far_from_the_mean(k, mean, std):
     near, far = (x - h, x + h) if x > mean else (x + h, x - h)
     mass = beyond(near) - (0 if k in (0, 255) else beyond(far))
     want = float(mpmath.log(mass))
-    mpmath.mp.dps = 15
     m = torch.tensor([mean], dtype=F64, requires_grad=True)
     got = losses.discretised_log_likelihood(
         torch.tensor([k / 127.5 - 1], dtype=F64), m, torch.tensor([2 * math.log(std)], dtype=F64)
