@@ -386,7 +386,7 @@ def test_the_inverse_of_lam_near_the_data(name, t):
     assert float(process.time_of_lam(process.lam(t))) == pytest.approx(t, rel=1e-10)
 
 
-def test_a_short_transition_keeps_its_digits(, fifty_digits):
+def test_a_short_transition_keeps_its_digits(fifty_digits):
     """std^2 over a step of 1e-9 is g^2 h to first order; 1 - ratio^2 would have lost it."""
     process = sf.VP()
     s, h = 0.4, 1e-9
