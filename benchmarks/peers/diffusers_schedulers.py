@@ -71,7 +71,7 @@ def samplers(p: Sampling) -> dict[str, Run]:
 def _flow(p: Sampling) -> Run:
     import diffusers as d
 
-    scheduler = d.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+    scheduler: Any = d.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
     given = torch.linspace(1, 0, p.steps + 1, dtype=torch.float64)[:-1]
     sigmas = list(given.unbind())
 
