@@ -76,7 +76,7 @@ def test_equal_steps_are_the_grid(monkeypatch, solver, dtype):
 @pytest.mark.parametrize(
     ("problem", "solver", "reference"),
     [
-        (Well(), SRA1(), SRA1()),
+        pytest.param(Well(), SRA1(), SRA1(), marks=pytest.mark.slow),
         pytest.param(Well(), ShARK(), SRA1(), marks=pytest.mark.slow),
         (Growth(), SRIW1(), SRIW1()),
     ],

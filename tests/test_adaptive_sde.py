@@ -349,7 +349,7 @@ DECADES = (0.3, 0.03, 0.003, 3e-4)
         pytest.param(Well(), ShARK(), 1, DECADES, marks=pytest.mark.slow),
         pytest.param(Well(), SRA3(), 1, DECADES, marks=pytest.mark.slow),
         pytest.param(Bent(), SRIW1(), 1, DECADES, marks=pytest.mark.slow),
-        (Scalar(), SRIW1(), 2, DECADES),
+        pytest.param(Scalar(), SRIW1(), 2, DECADES, marks=pytest.mark.slow),
         pytest.param(Matrix(), SRA1(), 2, DECADES, marks=pytest.mark.slow),
         (Matrix(), ShARK(), 2, DECADES[:3]),
         # it takes 5/tolerance steps; where f' vanishes its estimate is blind, so that on Well the slope is 0.75

@@ -87,6 +87,7 @@ def test_samples(tmp_path):
     assert whole(SAMPLE, out) == want
 
 
+@pytest.mark.slow  # tests/test_training_runs.py kills a run in the fast suite
 def test_training(tmp_path):
     want = whole(TRAIN, tmp_path / "whole")
     out, log = tmp_path / "broken", tmp_path / "log"

@@ -322,7 +322,7 @@ def test_what_an_ensemble_refuses(tmp_path):
     start = torch.ones(2)
     for change, text in (
         ({"num": 0}, "num >= 1"), ({"statistics": None}, "nothing is asked for"), ({"store": True}, "needs a folder"),
-        ({"start": lambda index: torch.ones(1, 2)}, "give 4 states"), ({"kind": "pickle"}, "expected the format"),
+        ({"start": lambda index: torch.ones(1, 2)}, "give 4 states"), ({"kind": "pickle"}, "expected kind as one of"),
         ({"batch": 0}, "batch >= 1"),
     ):  # fmt: skip
         given = {"start": start, "num": 4, "statistics": {"a": Moments()}, "steps": 2, **change}

@@ -217,7 +217,7 @@ def test_marginal_draws_have_the_moments_of_the_kernel(name):
     assert bool(((torch.cov(x.T) - q).abs() <= 5 * error).all())
 
 
-@pytest.mark.parametrize("name", ["rotating, offset", "commuting"])
+@pytest.mark.parametrize("name", [pytest.param("rotating, offset", marks=pytest.mark.slow), "commuting"])
 def test_euler_maruyama_goes_to_the_kernel(name):
     """drift and diffusion are the equation of the kernel: EM's exact recursion of moments at 1000 steps, O(h)."""
     process, steps = PROCESSES[name][0](), 1000

@@ -117,6 +117,7 @@ def smallest(fails):
     return find(sdes((1, 2)), fails, settings=settings(max_examples=100, derandomize=True, database=None))
 
 
+@pytest.mark.slow
 def test_shrinking_ends_in_little_python():
     """A property that fails for state-dependent noise: the counterexample is of dimension 1, one line of Python."""
     found = smallest(moved)

@@ -193,3 +193,23 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="expected an image, got"):
         load(str(tmp_path))
+
+
+def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
+    """As root, a file put in the place of /dev/null would break the machine."""
+    (tmp_path / "there").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    write_atomically(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there").read_bytes() == b"new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_atomically(tmp_path / "pipe", b"through")
+        assert os.read(reader, 100) == b"through"
+    finally:
+        os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    before = os.stat(os.devnull).st_rdev
+    write_atomically(os.devnull, b"gone")
+    assert os.stat(os.devnull).st_rdev == before != 0
