@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Self
 
@@ -81,7 +84,8 @@ class Ray(Engine):
 
     def __enter__(self) -> Self:
         if self._users == 0 and not _ray().is_initialized():
-            self._start(_ray())
+            with _own_signals():
+                self._start(_ray())
             self._ours = True
         self._users += 1
         return self
@@ -130,6 +134,19 @@ class Ray(Engine):
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from error
                 yield running.pop(one), outcome
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray takes SIGTERM for itself: give it back, so that whoever runs this is told as without Ray."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 _held: dict[str, Callable[[Any], Any]] = {}
