@@ -51,7 +51,9 @@ def train_command(
     labels: Annotated[bool, typer.Option("--labels", help="Train on the data's labels too, for guidance.")] = False,
     net: Annotated[str, typer.Option(help="mlp, or unet for images.")] = "mlp",
     width: Annotated[int | None, typer.Option(help="Of the network; its default unless given.", min=8)] = None,
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16 (autocast).")] = "float32",
+    precision: Annotated[
+        str, typer.Option("--precision", "--dtype", help="float32 or bfloat16 (autocast).")
+    ] = "float32",
     save_every: Annotated[int, typer.Option(help="Steps between states kept for going on.", min=1)] = 500,
     device: Device = "cpu",
     as_json: AsJson = False,
