@@ -43,9 +43,9 @@ class Break(NamedTuple):
         spoke = (
             self.status in (0, -9) or "to go on: sdeflow" in self.message or "to start anew: sdeflow" in self.message
         )
-        # before the command has begun, python itself answers
-        early = self.before == self.after == 0 and self.status in (-2, -15, 1, 130, 143)
-        return self.same and self.after >= self.before and (spoke or early)
+        # before the command has begun, and after it has ended, python itself answers
+        outside = self.before == self.after in (0, sys.maxsize) and self.status in (-2, -15, 1, 130, 143)
+        return self.same and self.after >= self.before and (spoke or outside)
 
 
 def start(words: list[str], out: Path) -> subprocess.Popen[str]:
