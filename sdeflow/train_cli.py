@@ -73,7 +73,7 @@ def train_command(
     rank = int(os.environ.get("RANK", "0"))
     run = out / ("run.safetensors" if rank == 0 else f"run.safetensors.{rank}")
     log, file = out / "train.jsonl", out / "model.safetensors"
-    kind: Any = precision  # `train` refuses what it does not know
+    kind: Any = precision
 
     def write(rows: list[dict[str, float]]) -> None:
         write_atomically(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -81,6 +81,8 @@ def train_command(
     began = time.perf_counter()
     with running(context, lambda: _kept(run), as_json=as_json, quiet=rank != 0) as stop:
         check_folder(out)
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(f'expected precision "float32" or "bfloat16", got {precision!r}')
         where = _own_device(device)
         torch.set_num_threads(threads)
         images, known = _loaded(data)

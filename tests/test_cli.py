@@ -26,7 +26,7 @@ TAKES = {
     "--json": COMMANDS,
     "--seed": ("bench", "check", "sample", "train", "tune"),
     "--device": ("bench", "sample", "train", "tune"),
-    "--dtype": ("bench", "sample", "tune"),
+    "--dtype": ("bench", "sample", "train", "tune"),
 }
 
 
@@ -95,9 +95,8 @@ def test_devices_that_are_not_there(command, device, tmp_path):
 def test_dtypes_that_are_not_taken(command, dtype, tmp_path):
     result = given(command, "--dtype", dtype)
     assert result.exit_code == 1
-    assert re.fullmatch(
-        rf"sdeflow {command}: expected the dtype .*float32 or float64, got '{dtype}'\n", plain(result)
-    ), plain(result)
+    known = 'precision "float32" or "bfloat16"' if command == "train" else "the dtype .*float32 or float64"
+    assert re.fullmatch(rf"sdeflow {command}: expected {known}, got '{dtype}'\n", plain(result)), plain(result)
     assert not list(tmp_path.iterdir())
 
 
