@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.checkpoints import write_atomically
-from sdeflow.columns import MODULUS, packed, unpacked
+from sdeflow.columns import MODULUS, as_bytes, packed, unpacked
 
 MANIFEST = "manifest.jsonl"
 SHARDS = "shards"
@@ -295,6 +296,15 @@ def place(folder: Path, shard: Shard, data: bytes) -> None:
     """Write the file of a shard; it is not yet in the manifest."""
     (folder / SHARDS).mkdir(parents=True, exist_ok=True)
     write_atomically(folder / shard.file, data)
+
+
+def said(value: Any) -> Any:
+    """A value as JSON, the same in every process: what prints as an address, by its name."""
+    if isinstance(value, (bool, int, float, str)) or value is None:
+        return value
+    if isinstance(value, Tensor):
+        return [str(value.dtype), list(value.shape), hashlib.sha256(as_bytes(value)).hexdigest()[:16]]
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def _sha256(data: bytes) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sdeflow.checked import checked, described, tensor
-from sdeflow.columns import FORMATS, Format, as_bytes
-from sdeflow.dataset import Dataset
+from sdeflow.columns import FORMATS, Format
+from sdeflow.dataset import Dataset, said
 from sdeflow.engine.base import Engine
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sde import Problem
@@ -194,21 +192,12 @@ def _about(problem: Problem, start: Start, solver: Solver, how: Mapping[str, Any
     models = [model for model in problem.models() if isinstance(model.net, nn.Module)]
     process = getattr(problem, "process", problem)
     return {
-        "process": _said(problem),
-        "parameters": {name: _said(value) for name, value in sorted(vars(process).items()) if not name.startswith("_")},
+        "process": said(problem),
+        "parameters": {name: said(value) for name, value in sorted(vars(process).items()) if not name.startswith("_")},
         "models": [fingerprint(model) for model in models],
-        "start": _said(start),
-        "solver": _said(solver),
-        "options": {name: _said(value) for name, value in how.items()},
+        "start": said(start),
+        "solver": said(solver),
+        "options": {name: said(value) for name, value in how.items()},
         "threads": threads,
         "versions": {name: version(name) for name in ("sdeflow", "torch")},
     }
-
-
-def _said(value: Any) -> Any:
-    """A value as JSON; what prints as an address, by its name."""
-    if isinstance(value, (bool, int, float, str)) or value is None:
-        return value
-    if isinstance(value, Tensor):
-        return [str(value.dtype), list(value.shape), hashlib.sha256(as_bytes(value)).hexdigest()[:16]]
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sdeflow.checked import checked, described
 from sdeflow.checkpoints import write_atomically
 from sdeflow.columns import FORMATS, Format, as_bytes
-from sdeflow.dataset import Dataset
+from sdeflow.dataset import Dataset, said
 from sdeflow.engine.base import Engine
 from sdeflow.model import Model
 from sdeflow.plan import Plan
@@ -159,10 +159,10 @@ def _about(
         "model": fingerprint(model),
         "process": repr(model.sde),
         "prediction": model.prediction,
-        "solver": repr(solver),
+        "solver": said(solver),
         "plan": _hash(*numbers) if numbers else None,
         "labels": None if labels is None else _hash(labels),
-        "options": {name: _said(value) for name, value in sorted(how.items()) if value is not None},
+        "options": {name: said(value) for name, value in sorted(how.items()) if value is not None},
         "shape": list(shape),
         "seed": seed,
         "threads": threads,
@@ -175,10 +175,6 @@ def _hash(*tensors: Tensor) -> str:
     for value in tensors:
         digest.update(as_bytes(value))
     return digest.hexdigest()[:16]
-
-
-def _said(value: Any) -> Any:
-    return value if isinstance(value, (bool, int, float, str)) else repr(value)
 
 
 def picture(images: Tensor, *, columns: int = 10) -> bytes:

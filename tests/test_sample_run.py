@@ -138,3 +138,13 @@ def test_without_ray_its_engine_is_one_clear_error(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["sample", "digits", "--out", str(tmp_path / "a"), "--engine", "spark"])
     assert "unknown engine 'spark'" in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_run_is_does_not_depend_on_the_process(tmp_path):
+    """A grid is a function, which prints with its address: another process must know the run again."""
+    sample_to(tmp_path, MODEL, 2, grid=sf.grids.karras, **HOW)
+    about = (tmp_path / "manifest.jsonl").read_text().splitlines()[0]
+    assert "karras" in about
+    assert "0x" not in about
+    with pytest.raises(ValueError, match="with another options"):
+        sample_to(tmp_path, MODEL, 2, grid=sf.grids.logsnr, **HOW)
