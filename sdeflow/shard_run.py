@@ -7,7 +7,6 @@ rounds by the shape of its batch) and on nothing else, so that shards, workers, 
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,7 +49,6 @@ class Delivery:
         statistics: filled with this shard's samples.
         nfe: model calls times samples, summed.
         failed: samples that did not finish.
-        process: id of the process that computed it.
     """
 
     shard: Shard | None
@@ -58,7 +56,6 @@ class Delivery:
     statistics: dict[str, Statistic]
     nfe: float
     failed: int
-    process: int
 
 
 @dataclass
@@ -101,14 +98,14 @@ class ShardWork:
                 if self.folder is not None:
                     blocks.append((at, _columns(solution)))
         if self.folder is None:
-            return Delivery(None, None, filled, nfe, failed, os.getpid())
+            return Delivery(None, None, filled, nfe, failed)
         columns = {name: torch.cat([block[name] for _, block in blocks]) for name in blocks[0][1]}
         data = packed(columns, self.kind)
         shard = described(first, count, data, content_of(blocks), failed, self.kind)
         if self._writes_here():
             place(self.folder, shard, data)
-            return Delivery(shard, None, filled, nfe, failed, os.getpid())
-        return Delivery(shard, data, filled, nfe, failed, os.getpid())
+            return Delivery(shard, None, filled, nfe, failed)
+        return Delivery(shard, data, filled, nfe, failed)
 
     def _writes_here(self) -> bool:
         """Whether the dataset's folder is on this machine too."""
@@ -133,7 +130,6 @@ class Outcome:
         computed: of those in this call; the others were there before.
         failed: samples that did not finish.
         nfe: model calls a sample, the mean over those computed in this call; NaN for none.
-        processes: ids of the processes that computed.
     """
 
     dataset: Dataset | None
@@ -142,7 +138,6 @@ class Outcome:
     computed: int
     failed: int
     nfe: float
-    processes: tuple[int, ...]
 
 
 def run_shards(
@@ -201,7 +196,7 @@ def run_shards(
             head = file.readline()
     work = ShardWork(compute, block, empty, folder if store else None, head, kind, threads)
     finished = sum(end - first for first, end in have)
-    before, nfe, processes = finished, 0.0, set()
+    before, nfe = finished, 0.0
     if on_done is not None and finished:
         on_done(finished)
     memory = _RUNTIME_BYTES + 2 * model_bytes + 3 * min(size, num) * sample_bytes
@@ -216,7 +211,6 @@ def run_shards(
                 statistic.merge(delivery.statistics[name])
             done = joined(done, first, first + count)
             finished, nfe, failed = finished + count, nfe + delivery.nfe, failed + delivery.failed
-            processes.add(delivery.process)
             if folder is not None and empty and time.monotonic() - saved > _SAVE_SECONDS:
                 _save(folder / _STATISTICS, filled, done, failed)
                 saved = time.monotonic()
@@ -229,7 +223,7 @@ def run_shards(
         dataset.finish()
     computed = finished - before
     mean = nfe / computed if computed else math.nan
-    return Outcome(dataset, filled, num, computed, failed, mean, tuple(sorted(processes)))
+    return Outcome(dataset, filled, num, computed, failed, mean)
 
 
 def shard_size(num: int, block: int, workers: int, sample_bytes: int) -> int:

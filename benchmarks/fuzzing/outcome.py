@@ -29,7 +29,7 @@ Verdict = Literal["documented error", "plain error", "status", "the caller's err
 VERDICTS: tuple[Verdict, ...] = (
     "documented error", "plain error", "status", "the caller's error", "accepted", "FORBIDDEN",
 )  # fmt: skip
-DOCUMENTED = (ValueError, TypeError, ImportError, FileNotFoundError, NotImplementedError)
+DOCUMENTED = (ValueError, TypeError, ImportError, FileNotFoundError)
 TIME_OUT = 10.0
 """Seconds for one input."""
 

@@ -191,6 +191,11 @@ def process_of(config: Config) -> GaussianSDE:
                 "invert_sigmas=True runs the flow's clock from data to noise: expected invert_sigmas=False"
             )
         return RectifiedFlow()
+    return table_of(config)
+
+
+def table_of(config: Config) -> DiscreteVP:
+    """The process of a config whose betas are a table."""
     return DiscreteVP(betas_of(config), zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.grids import GRIDS
-from sdeflow.integrations.diffusers_config import Config, kind_of, needed, process_of, read_config
+from sdeflow.integrations.diffusers_config import Config, kind_of, needed, process_of, read_config, table_of
 
 # How the schedulers visit their table. "meet not" steps from an entry to that minus N // steps.
 _STEP_BACK = ("DDIMScheduler", "DDIMParallelScheduler")
@@ -68,7 +68,7 @@ def _short(grid: Tensor) -> str:
 
 
 def _table_grid(config: Config, steps: int) -> Tensor:
-    name, size = needed(config, "_class_name"), int(process_of(config).betas.numel())  # type: ignore[attr-defined]
+    name, size = needed(config, "_class_name"), table_of(config).betas.numel()
     known = (*_STEP_BACK, *_TO_DATA, *_BY_SIGMA, *_MULTISTEP, *_MULTISTEP_TO_ENTRY_0)
     if name not in known:
         raise ValueError(
@@ -164,7 +164,7 @@ def time_of_told(config: dict[str, Any], told: Tensor) -> Tensor:
         return torch.exp(4 * told)
     if kind == "flow":
         return told / float(needed(config, "num_train_timesteps"))
-    return (told + 1) / math.prod(process_of(config).betas.shape)  # type: ignore[attr-defined]
+    return (told + 1) / table_of(config).betas.numel()
 
 
 def chosen_grid(

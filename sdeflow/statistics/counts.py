@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Self
 
@@ -23,11 +24,13 @@ class _Counts(Statistic):
         self._event: tuple[int, ...] | None = None
         self._counts = np.zeros((0, 0), dtype=np.int64)
 
+    @abstractmethod
     def _bins(self) -> int:
-        raise NotImplementedError
+        """How many bins there are."""
 
+    @abstractmethod
     def _bin(self, x: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """The bin of each value."""
 
     def add(self, x: Tensor) -> None:
         x = checked_block(x, self._event)

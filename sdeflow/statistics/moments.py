@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Self
 
@@ -21,8 +22,9 @@ class _Sums(Statistic):
         self.count = 0
         self._sums: ExactSum | None = None
 
+    @abstractmethod
     def _settings(self) -> tuple[object, ...]:
-        raise NotImplementedError
+        """What two must have in common to merge."""
 
     def _take(self, sums: Tensor, count: int) -> None:
         if self._sums is None:
