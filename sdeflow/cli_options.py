@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -12,10 +11,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from sdeflow.names import nearest
+
 _SEEDS = 2**63
 _THREADS = 1024
-_CLOSE = 0.5
-"""How alike a name must be to be offered instead of an unknown one, as difflib counts."""
 
 
 def _seed(value: int) -> int:
@@ -100,33 +99,6 @@ def _check_writable(folder: Path, out: Path) -> None:
         raise ValueError(f"{out} cannot be written: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{out} cannot be written: no permission to write to {there}")
-
-
-def check_names(names: Iterable[str], known: Iterable[str], what: str, listed: str | None = None) -> None:
-    """Refuse names that do not exist, with those that are nearest.
-
-    Args:
-        what: they are: "solver".
-        listed: where all names are to be seen; the message itself lists them unless given.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    known = list(known)
-    for name in names:
-        if name not in known:
-            near = nearest(name, known)
-            hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-            raise ValueError(f"unknown {what} {name!r}{hint}: expected {listed or 'one of ' + ', '.join(known)}")
-
-
-def nearest(name: str, known: Iterable[str]) -> list[str]:
-    """Up to three names that are like `name`, whatever its capitals, the most alike first."""
-    lower: dict[str, list[str]] = {}
-    for k in known:
-        lower.setdefault(k.lower(), []).append(k)
-    close = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=_CLOSE)
-    return [k for c in close for k in lower[c]][:3]
 
 
 def progress_shown() -> bool:

@@ -20,7 +20,6 @@ from sdeflow.cli_options import (
     Threads,
     Workers,
     check_folder,
-    check_names,
     complete_grid,
     complete_solver,
     device_named,
@@ -32,6 +31,7 @@ from sdeflow.cli_options import (
 from sdeflow.cli_outcome import running, say_json
 from sdeflow.dataset import Dataset
 from sdeflow.engine import named
+from sdeflow.names import check_names
 from sdeflow.plan import Plan
 from sdeflow.sample_run import sample_to
 from sdeflow.solution import Status

@@ -21,12 +21,12 @@ from sdeflow.cli_options import (
     check_folder,
     complete_data,
     device_named,
-    nearest,
     progress_shown,
 )
 from sdeflow.cli_outcome import running, say_json
 from sdeflow.data import DATASETS, load
 from sdeflow.model import Model
+from sdeflow.names import nearest
 from sdeflow.run_state import remove_unfinished, steps_kept
 from sdeflow.training import train, untrained
 

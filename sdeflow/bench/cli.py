@@ -12,12 +12,11 @@ from typing import Annotated, Any
 import typer
 
 from sdeflow.bench import tables
-from sdeflow.bench.methods import GRIDS, METHODS
+from sdeflow.bench.methods import METHODS
 from sdeflow.bench.page import report
 from sdeflow.bench.problem import load
 from sdeflow.bench.results import Result
 from sdeflow.bench.runner import run
-from sdeflow.bench.suites import SUITES
 from sdeflow.cli_options import (
     Address,
     AsJson,
@@ -27,7 +26,6 @@ from sdeflow.cli_options import (
     Workers,
     check_file,
     check_folder,
-    check_names,
     complete_grids,
     complete_methods,
     complete_suite,
@@ -37,6 +35,7 @@ from sdeflow.cli_options import (
 )
 from sdeflow.cli_outcome import running, say_json
 from sdeflow.engine import named
+from sdeflow.names import check_names
 
 _DTYPES = ("float32", "float64")
 _BULKY = ("about", "environment", "preview")
@@ -102,12 +101,9 @@ def bench_command(
             raise ValueError("give --suite or --problem, not both")
         check_folder(out)
         at = named(engine, address=address, workers=workers)
-        if suite is not None:
-            check_names([suite], SUITES, "suite")
         names = None if solvers is None else _names(solvers)
         check_names([n for n in names or () if not n.endswith(".json")], METHODS, "solver",
                     'names from sdeflow solvers, "NAME eta=1", "NAME adaptive" or PLAN.json')  # fmt: skip
-        check_names(_names(grids or ""), GRIDS, "grid")
         results = run(
             (suite or "quick") if problem is None else load(problem),
             solvers=names,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from sdeflow import grids
 from sdeflow.checked import described
 from sdeflow.grids import GridFunction
 from sdeflow.model import Model
+from sdeflow.names import check_names
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.catalogue import CATALOGUE, Row
 from sdeflow.solvers.gaussian_split import GaussianSplit, estimate_split
@@ -114,8 +114,8 @@ def methods_named(names: Iterable[str | Method]) -> list[Method]:
         if not isinstance(n, (Method, str)):
             raise TypeError(f"expected names of solvers, or Methods, got {described(n)}")
     names = [tuned(n) if isinstance(n, str) and n.endswith(".json") else n for n in names]
-    found = {n: METHODS[n] for n in _known([n for n in names if isinstance(n, str)], METHODS, "solver")}
-    return _nonempty([n if isinstance(n, Method) else found[n] for n in names], "solver")
+    check_names([n for n in names if isinstance(n, str)], METHODS, "solver")
+    return _nonempty([n if isinstance(n, Method) else METHODS[n] for n in names], "solver")
 
 
 def tuned(path: str) -> Method:
@@ -138,7 +138,7 @@ def grids_named(names: Iterable[str | GridFunction]) -> dict[str, GridFunction]:
         ValueError: unknown names; the message lists what exists.
     """
     names = list(names)
-    _known([n for n in names if isinstance(n, str)], GRIDS, "grid")
+    check_names([n for n in names if isinstance(n, str)], GRIDS, "grid")
     for n in names:
         if not isinstance(n, str) and not callable(n):
             raise TypeError(f"expected names of grids, or functions of sf.grids, got {described(n)}")
@@ -159,16 +159,6 @@ def budgets(nfe: Iterable[int]) -> list[int]:
     if bad:
         raise ValueError(f"expected NFE budgets as positive integers, at most ten million, got {described(bad[0])}")
     return _nonempty(sorted(set(nfe)), "NFE budget")
-
-
-def _known(names: list[str], table: dict[str, Any], what: str) -> list[str]:
-    unknown = [n for n in names if n not in table]
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], table, n=1, cutoff=0.6)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        listed = ", ".join(map(repr, unknown))
-        raise ValueError(f"unknown {what} {listed}{hint}: expected some of {', '.join(table)}")
-    return names
 
 
 def _nonempty(values: list[T], what: str) -> list[T]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from sdeflow.bench.work import Item, RunWork, Unfinished, described
 from sdeflow.checked import checked
 from sdeflow.engine import Engine, Local
 from sdeflow.grids import GridFunction
+from sdeflow.names import check_names
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,7 @@ def _resolve(problem: Any) -> tuple[Suite, tuple[Callable[[], Problem], ...]]:
     if not isinstance(problem, str):
         made = as_problem(problem, "problem")
         return QUICK, (lambda: made,)
-    if problem not in SUITES:
-        close = difflib.get_close_matches(problem, SUITES, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"unknown suite {problem!r}{hint}: expected one of {', '.join(SUITES)}")
+    check_names([problem], SUITES, "suite")
     return SUITES[problem], SUITES[problem].problems
 
 

@@ -17,7 +17,6 @@ from sdeflow.cli_options import (
     Threads,
     Workers,
     check_file,
-    check_names,
     complete_solver,
     device_named,
     dtype_named,
@@ -27,6 +26,7 @@ from sdeflow.cli_options import (
 )
 from sdeflow.cli_outcome import running, say_json
 from sdeflow.engine import named
+from sdeflow.names import check_names
 from sdeflow.tuning.fit import tune
 
 _DTYPES = ("float32", "float64")
