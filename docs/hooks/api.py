@@ -72,21 +72,34 @@ def exported(module: ModuleType) -> list[str]:
     ]
 
 
-def names() -> list[Name]:
-    """Every public name once, under the first module that exports it."""
+def each() -> Iterator[tuple[str, ModuleType, list[tuple[str, Any]]]]:
+    """(path, module, its public names with their values): a class or function once, where it is exported first."""
     seen: set[int] = set()
-    found = []
     for path in present():
         module = importlib.import_module(path)
-        found.append(Name(path, bool(module.__doc__)))
+        found = []
         for name in exported(module):
             value = getattr(module, name)
-            if isinstance(value, ModuleType):
+            if isinstance(value, ModuleType) or id(value) in seen:
                 continue
-            if inspect.isclass(value) or inspect.isfunction(value):
-                if id(value) in seen:
-                    continue
+            if documents_itself(value):
                 seen.add(id(value))
+            found.append((name, value))
+        yield path, module, found
+
+
+def documents_itself(value: Any) -> bool:
+    """Whether a value has a docstring of its own, as classes and functions do."""
+    return inspect.isclass(value) or inspect.isfunction(value)
+
+
+def names() -> list[Name]:
+    """Every public name once, under the first module that exports it."""
+    found = []
+    for path, module, members in each():
+        found.append(Name(path, bool(module.__doc__)))
+        for name, value in members:
+            if documents_itself(value):
                 found += _of_value(f"{path}.{name}", value)
             else:
                 found.append(Name(f"{path}.{name}", _constant_documented(path, name)))

@@ -5,12 +5,10 @@ Nothing of it is stored: reference pages and figures are made anew by every buil
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -44,19 +42,11 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 def reference_pages() -> dict[str, str]:
     """The Markdown of each module's page: its public names, once each, in the order of its `__all__`."""
     pages = {}
-    seen: set[int] = set()
-    for path in api.present():
-        module = importlib.import_module(path)
+    for path, module, members in api.each():
         title = "The main names" if path == "sdeflow" else path
         lines = [f"# {title}", "", (inspect.getdoc(module) or "").strip(), ""]
-        for name in api.exported(module):
-            value = getattr(module, name)
-            if isinstance(value, ModuleType):
-                continue
-            if inspect.isclass(value) or inspect.isfunction(value):
-                if id(value) in seen:
-                    continue
-                seen.add(id(value))
+        for name, value in members:
+            if api.documents_itself(value):
                 lines += [f"::: {value.__module__}.{value.__qualname__}", ""]
             else:
                 lines += [f"::: {path}.{name}", "    options: {show_attribute_values: false}", ""]
