@@ -19,19 +19,21 @@ from sdeflow import (
 )
 from sdeflow.brownian import BrownianPath
 from sdeflow.checkpoints import load_model, save_model
+from sdeflow.cld import CLD
 from sdeflow.coding import decode, encode, interpolate, interpolate_data
 from sdeflow.dataset import Dataset
+from sdeflow.discrete import DiscreteVP
 from sdeflow.ensemble import Ensemble, PriorStart, ensemble
 from sdeflow.expectation import Expectation, expect
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.known import GBM, RotationGBM, SigmoidOU, SinhOU, Student
 from sdeflow.likelihood import bits_per_dim, elbo, log_prob
-from sdeflow.linear import CLD, LinearSDE
+from sdeflow.linear import LinearSDE
 from sdeflow.model import Model
 from sdeflow.moments import moments
 from sdeflow.noise import Antithetic, Noise, SamePath
 from sdeflow.plan import Plan
-from sdeflow.processes import EDM, VE, VP, CosineVP, DiscreteVP, RectifiedFlow, SubVP
+from sdeflow.processes import EDM, VE, VP, CosineVP, RectifiedFlow, SubVP
 from sdeflow.pushforward import Pushforward
 from sdeflow.recommendation import Recommendation, recommend
 from sdeflow.recorded import RecordedPath

@@ -21,11 +21,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from sdeflow.discrete import DiscreteVP
 from sdeflow.files import write_atomically as write_atomically
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Model
 from sdeflow.nets import MLP, EDMPreconditioned, UNet
-from sdeflow.processes import EDM, VE, VP, CosineVP, DiscreteVP, RectifiedFlow, SubVP
+from sdeflow.processes import EDM, VE, VP, CosineVP, RectifiedFlow, SubVP
 
 NETS: tuple[type[MLP] | type[UNet] | type[EDMPreconditioned], ...] = (MLP, UNet, EDMPreconditioned)
 """Networks that a checkpoint can hold: each has `shape`, and `config`, its constructor's arguments."""

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdeflow.model import Counter, Model, _parameters, row_of
+from sdeflow.model import Counter, Model, row_of
+from sdeflow.network import parameters_of
 from sdeflow.sde import SDE, checked_shape
 
 
@@ -115,7 +116,7 @@ class Guided(Model):
         part = self.net.parts[name]
         if isinstance(part, Guided):
             return any(part._takes(inner, key) for inner in part.net.parts)
-        accepted = _parameters(part.net if isinstance(part, Model) else part)
+        accepted = parameters_of(part.net if isinstance(part, Model) else part)
         return accepted is None or key in accepted
 
 

@@ -17,9 +17,7 @@ With x = alpha x_0 + sigma eps, two rows and x determine each other: the value o
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,15 +26,12 @@ from torch import Tensor
 from sdeflow.checked import described, tensor
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.kept import Kept, bits, constant
-from sdeflow.nets.embedding import Conditioned
-from sdeflow.nets.precondition import EDMPreconditioned
-from sdeflow.processes import DiscreteVP
+from sdeflow.network import TimeInput, checked_label, classes_of, parameters_of, time_input
 from sdeflow.sde import SDE, Evaluator, checked_shape
 from sdeflow.times import Each, Time, align
 
 Prediction = Literal["x0", "eps", "score", "v", "velocity"]
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
-TimeInput = Literal["sigma", "lam", "discrete"] | Callable[[Tensor], Tensor] | None
 Row = tuple[Tensor, Tensor]
 
 
@@ -125,7 +120,7 @@ class Model:
         self.expand = expand
         self.time = time
         self.conditions: dict[str, Any] = {}
-        self._time_input = _time_input(time, sde)
+        self._time_input = time_input(time, sde)
         self._counter = Counter()
 
     @classmethod
@@ -278,7 +273,7 @@ class Model:
     def conditions_for(self, x: Tensor) -> dict[str, Any]:
         """The conditions as the network is given them at x: one label for all samples becomes one a sample."""
         label = self.conditions.get("label")
-        if type(label) is not int or _classes(self.net) is None:
+        if type(label) is not int or classes_of(self.net) is None:
             return self.conditions
         return {**self.conditions, "label": torch.full((x.shape[0],), label, dtype=torch.int64, device=x.device)}
 
@@ -307,13 +302,13 @@ class Model:
             TypeError: the network does not take a condition of that name; a label that is no whole number.
             ValueError: a label that a network of this package does not have.
         """
-        accepted = _parameters(self.net)
+        accepted = parameters_of(self.net)
         unknown = [name for name in conditions if accepted is not None and name not in accepted]
         if unknown:
             raise TypeError(f"the network does not take {', '.join(unknown)}: it takes {', '.join(accepted or ())}")
-        classes = _classes(self.net)
+        classes = classes_of(self.net)
         if classes is not None and conditions.get("label") is not None:
-            conditions["label"] = _checked_label(conditions["label"], classes)
+            conditions["label"] = checked_label(conditions["label"], classes)
         model = copy.copy(self)
         model.conditions = {**self.conditions, **conditions}
         return model
@@ -372,59 +367,3 @@ def as_model(model: Model | Callable[..., Tensor], process: SDE) -> Model:
     if model.sde is not root and model.sde != root:
         raise ValueError(f"the model was made for {model.sde!r}, not for {process!r}")
     return model
-
-
-def _time_input(time: TimeInput, sde: SDE) -> Callable[[Tensor], Tensor]:
-    if time is None:
-        return lambda t: t
-    if callable(time) and not isinstance(time, type):
-        return time
-    if time == "discrete" and isinstance(sde, DiscreteVP):
-        return sde.index_of_time
-    if time in ("sigma", "lam") and isinstance(sde, GaussianSDE):
-        return sde.sigma if time == "sigma" else sde.lam
-    if time in ("discrete", "sigma", "lam"):
-        needed = "a DiscreteVP" if time == "discrete" else "a GaussianSDE"
-        raise ValueError(f"time={time!r} needs {needed}, got {sde!r}; pass a function of t instead")
-    raise ValueError(f'expected time to be None, "sigma", "lam", "discrete" or a function, got {time!r}')
-
-
-def _classes(net: Callable[..., Any]) -> int | None:
-    """The number of labels of a network of this package, whose `label` is known to be int64 (batch,); else None."""
-    while isinstance(net, EDMPreconditioned):
-        net = net.net
-    return net.classes if isinstance(net, Conditioned) else None
-
-
-def _checked_label(label: Any, classes: int) -> int | Tensor:
-    if not classes:
-        raise ValueError(f"expected no label, as the network was made without classes; got {label!r}")
-    if isinstance(label, Tensor) and label.ndim > 0:
-        if label.dtype != torch.int64 or label.ndim != 1:
-            raise ValueError(
-                f"expected a number or one int64 label a sample, (batch,), got {label.dtype} of {tuple(label.shape)}"
-            )
-        read = label.device.type == "cpu" and label.numel() > 0  # labels on an accelerator are not read back for this
-        least, most = (int(label.min()), int(label.max())) if read else (0, 0)
-        given: int | Tensor = label
-    else:
-        value = label.item() if isinstance(label, Tensor) else label
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"expected a label as a whole number or an int64 tensor (batch,), got {label!r}")
-        given = least = most = int(value)
-    if not 0 <= least <= most <= classes:
-        got = f"{least}" if least == most else f"labels from {least} to {most}"
-        raise ValueError(f"expected labels 0 to {classes - 1}, or {classes} for none, got {got}")
-    return given
-
-
-def _parameters(net: Callable[..., Any]) -> tuple[str, ...] | None:
-    """Names that a call of `net` accepts, or None when it accepts any or does not say."""
-    target = net.forward if isinstance(net, torch.nn.Module) else net
-    try:
-        parameters = inspect.signature(target).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))

@@ -21,10 +21,11 @@ import torch
 import sdeflow as sf
 from sdeflow import calculus, gaussian, known, linear, matrix_kernel, processes, pushforward, reverse, special
 from sdeflow import sde as sde_module
+from sdeflow.cld import CLD
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.kept import forget
 from sdeflow.known import GBM, SinhOU
-from sdeflow.linear import CLD, LinearSDE
+from sdeflow.linear import LinearSDE
 from sdeflow.matrix_kernel import LinearKernel
 from sdeflow.problems import GaussianMixture
 from sdeflow.pushforward import Pushforward
@@ -43,7 +44,7 @@ from sdeflow.testing.strategies import TanhImage, WaveSDE
 
 F64 = torch.float64
 moments = importlib.import_module("sdeflow.moments")  # the package exports the function under this name
-# torch says so once a process, where LinearSDE's law is differentiated in time (sdeflow/problems.py, `_LinearLaw`)
+# torch says so once a process, where LinearSDE's law is differentiated in time (sdeflow/linear_law.py)
 SCALAR_WARNING = "ignore:Converting a tensor with requires_grad=True to a scalar:UserWarning"
 pytestmark = pytest.mark.filterwarnings(SCALAR_WARNING)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import sdeflow as sf
 from sdeflow import grids
-from sdeflow.processes import rescale_zero_terminal_snr
+from sdeflow.discrete import rescale_zero_terminal_snr
 from tests.exact import F64, NAMES, make
 
 LINEAR = torch.linspace(1e-4, 0.02, 1000, dtype=F64)

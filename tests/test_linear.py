@@ -16,7 +16,8 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 
 import sdeflow as sf
 from sdeflow.bridge import Increment
-from sdeflow.linear import CLD, LinearSDE
+from sdeflow.cld import CLD
+from sdeflow.linear import LinearSDE
 from sdeflow.matrix_kernel import factor_of, magnus, multiply
 from sdeflow.problems import Gaussian, GaussianMixture
 from sdeflow.solvers.linear_exponential import LinearExponential, _Tables

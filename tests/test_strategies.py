@@ -10,11 +10,12 @@ from hypothesis import find, given, settings
 
 import sdeflow as sf
 from sdeflow.calculus import NOISE_KINDS
+from sdeflow.discrete import DiscreteVP
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.grids import GRIDS
 from sdeflow.linear import LinearSDE
 from sdeflow.problems import Distribution
-from sdeflow.processes import EDM, VE, VP, CosineVP, DiscreteVP, RectifiedFlow, SubVP
+from sdeflow.processes import EDM, VE, VP, CosineVP, RectifiedFlow, SubVP
 from sdeflow.solvers import CATALOGUE
 from sdeflow.solvers.base import Solver
 from sdeflow.structure import probe_event, probe_points, structure

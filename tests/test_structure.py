@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import sdeflow as sf
+from sdeflow.cld import CLD
 from sdeflow.known import GBM, RotationGBM, SinhOU, Student
-from sdeflow.linear import CLD, LinearSDE
+from sdeflow.linear import LinearSDE
 from sdeflow.special import CIR, Jacobi, Sphere
 from sdeflow.structure import linear_form, probe_event, structure
 from sdeflow.testing.strategies import WaveSDE

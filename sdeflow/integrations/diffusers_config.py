@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from sdeflow.checked import described, numbers
+from sdeflow.discrete import DiscreteVP
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.model import Prediction
-from sdeflow.processes import EDM, DiscreteVP, RectifiedFlow
+from sdeflow.processes import EDM, RectifiedFlow
 
 Config = dict[str, Any]
 Kind = Literal["table", "flow", "edm"]

@@ -18,7 +18,8 @@ from sdeflow.integrations.diffusers_config import (
     process_of,
     read_config,
 )
-from sdeflow.model import Model, TimeInput, _parameters
+from sdeflow.model import Model
+from sdeflow.network import TimeInput, parameters_of
 from sdeflow.sde import checked_shape
 from sdeflow.times import as_time
 
@@ -39,7 +40,7 @@ class DiffusersNet(nn.Module):
     def __init__(self, net: Callable[..., Any]) -> None:
         super().__init__()
         self.net = net
-        self._accepted = _parameters(net)
+        self._accepted = parameters_of(net)
         self._time_name = "timestep" if self._accepted is not None and "timestep" in self._accepted else None
 
     def forward(self, x: Tensor, time: Tensor, **conditions: Any) -> Tensor:

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from sdeflow.checked import checked, described, tensor
+from sdeflow.discrete import DiscreteVP
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.losses.pixels import check_levels, discretised_log_likelihood
 from sdeflow.model import Model, row_of
-from sdeflow.processes import DiscreteVP
 from sdeflow.solvers.ancestral import Variance
 from sdeflow.times import align
 

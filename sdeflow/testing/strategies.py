@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from sdeflow.calculus import NOISE_KINDS
+from sdeflow.discrete import DiscreteVP
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.grids import GRIDS
 from sdeflow.linear import LinearSDE
 from sdeflow.problems import Distribution, Empirical, GaussianMixture
-from sdeflow.processes import EDM, VE, VP, CosineVP, DiscreteVP, RectifiedFlow, SubVP
+from sdeflow.processes import EDM, VE, VP, CosineVP, RectifiedFlow, SubVP
 from sdeflow.pushforward import Pushforward
 from sdeflow.sde import SDE, Problem
 from sdeflow.solvers.base import Solver
