@@ -115,7 +115,10 @@ class Adaptive:
         self._dtype = x.dtype
         x = x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
         self._save = save
-        self._dense = None if save is None else DenseOutput(pair, save, x, start, 1.0 if end > start else -1.0)
+        self._dense = None
+        if save is not None:
+            assert pair.dense is not None
+            self._dense = DenseOutput(pair.dense, save, x, start, 1.0 if end > start else -1.0)
         self._calls = 0
         s, running = per_sample(start), per_sample(True, torch.bool)
         k = self._evaluate(x, s)

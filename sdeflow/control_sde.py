@@ -17,9 +17,8 @@ from sdeflow.pid import PID
 from sdeflow.sde import SDE, noise_shape
 from sdeflow.solution import Solution, State, Stats, Status
 from sdeflow.solvers.base import per_row
-from sdeflow.solvers.stochastic import StochasticSolver
+from sdeflow.solvers.stochastic import AdaptiveStochasticSolver
 
-_FIRST = 2.0**-10
 _KEEP = 8
 """The batch stays a multiple of this, as in `control.Adaptive`."""
 
@@ -36,7 +35,7 @@ class AdaptivePath:
 
     def __init__(
         self,
-        solver: StochasticSolver,
+        solver: AdaptiveStochasticSolver,
         problem: SDE,
         x: Tensor,
         t_span: tuple[float, float],
@@ -49,7 +48,7 @@ class AdaptivePath:
         start = torch.tensor(self._start, dtype=torch.float64, device=device)
         self._terms = solver.terms(problem, x, start)
         self._order = solver.order_for(self._terms.kind)
-        self._weight = 1.5 - self._order if solver.per_unit is None else solver.per_unit
+        self._weight = solver.per_unit(self._terms.kind)
         self._dtype = x.dtype
         work = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
         event = tuple(noise_shape(problem, x, start)[1:])
@@ -69,8 +68,7 @@ class AdaptivePath:
         assert root.h is not None
         self._now = torch.stack([root.w[0], root.h[0]])  # (2, batch, *event)
         self._waiting = self._now.new_zeros((1, *self._now.shape))  # (levels, 2, batch, *event)
-        first = solver.first_step or _FIRST
-        self._h = torch.full((batch,), first * abs(self._span), dtype=torch.float64, device=device)
+        self._h = torch.full((batch,), solver.first_step * abs(self._span), dtype=torch.float64, device=device)
         self._error, self._last = torch.zeros_like(self._h), self._h
 
     @property

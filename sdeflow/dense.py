@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.attempt import Step
-from sdeflow.solvers.base import Evaluate, Pair
+from sdeflow.solvers.base import Evaluate, Interpolant
 
 
 class DenseOutput:
@@ -15,14 +15,14 @@ class DenseOutput:
     Steps wait in a list and are looked through together, so that the host asks once for several of them.
 
     Args:
-        pair: interpolates inside a step.
+        inside: the states inside a step.
         at: clocks to save.
         x: start states (batch, *event).
         start, sign: the march's first clock, and its direction as +-1.
     """
 
-    def __init__(self, pair: Pair, at: Tensor, x: Tensor, start: float, sign: float) -> None:
-        self._pair, self._at, self._sign = pair, at, sign
+    def __init__(self, inside: Interpolant, at: Tensor, x: Tensor, start: float, sign: float) -> None:
+        self._inside, self._at, self._sign = inside, at, sign
         self._sorted, self._order = torch.sort(sign * at.to(x.device))
         self.values = torch.full((at.numel(), *x.shape), torch.nan, dtype=x.dtype, device=x.device)
         self.values[at == start] = x
@@ -54,11 +54,11 @@ class DenseOutput:
 
     def _save(self, step: Step, rows: Tensor, evaluate: Evaluate, first: Tensor, count: Tensor, total: int) -> None:
         """Every pair of a sample and a clock that it passed in this step, in one interpolation."""
-        stages = self._pair.dense_stages(evaluate, step.y, step.s, step.step, step.stages)
+        stages = self._inside.stages(evaluate, step.y, step.s, step.step, step.stages)
         who = torch.repeat_interleave(torch.arange(len(count), device=count.device), count, output_size=total)
         before = torch.cumsum(count, 0) - count
         place = first[who] + torch.arange(total, device=count.device) - before[who]
         h = step.step[who]
         theta = (self._sign * self._sorted[place] - step.s[who]) / h
-        state = self._pair.interpolate(step.y[who], h, theta, [k[who] for k in stages])
+        state = self._inside.state(step.y[who], h, theta, [k[who] for k in stages])
         self.values[self._order[place], rows[who]] = state

@@ -31,7 +31,7 @@ from sdeflow.solvers.backends import Backend, March
 from sdeflow.solvers.base import Solver
 from sdeflow.solvers.gaussian_split import GaussianSplit
 from sdeflow.solvers.runge_kutta import for_tolerance
-from sdeflow.solvers.stochastic import StochasticSolver
+from sdeflow.solvers.stochastic import AdaptiveStochasticSolver
 
 
 @checked
@@ -215,7 +215,7 @@ def _march(
             return solver.march(problem, x, span, control, save_times(save, span, x.device), bound)
         if isinstance(solver, GaussianSplit):
             return solver.march(problem, x, span, control, save_times(save, span, x.device))
-        if isinstance(solver, StochasticSolver) and solver.adaptive:
+        if isinstance(solver, AdaptiveStochasticSolver):
             return _path_march(
                 problem,
                 x,
@@ -230,7 +230,7 @@ def _march(
         pair = solver.pair
         if pair is None:
             raise ValueError(f"{solver.name} has no error estimate: expected steps or grid, got rtol/atol")
-        if save is not None and save is not False and not pair.dense:
+        if save is not None and save is not False and pair.dense is None:
             raise ValueError(
                 f"{solver.name} has no dense output: expected save=None, or a grid through the times to save"
             )
@@ -245,7 +245,7 @@ def _march(
 def _path_march(
     problem: Problem,
     x: Tensor,
-    solver: StochasticSolver,
+    solver: AdaptiveStochasticSolver,
     span: tuple[float, float],
     control: PID,
     seed: int | None,

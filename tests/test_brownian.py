@@ -35,7 +35,7 @@ from sdeflow.solvers import (
     ExponentialMultistep,
     ReverseDiffusion,
 )
-from sdeflow.solvers.stochastic import StochasticSolver
+from sdeflow.solvers.stochastic import AdaptiveStochasticSolver
 from tests.exact import F64, rms, slope
 
 LEVEL = 1e-6
@@ -769,7 +769,7 @@ def test_areas_of_one_path_through_solve(span):
     assert float((coarse[:, 1] - coarse[:, 0] / 2).abs().max()) > 0.01  # H is not 0
 
 
-class Recorder(StochasticSolver):
+class Recorder(AdaptiveStochasticSolver):
     """Keeps the intervals that the march to a tolerance gives it; steps dX = dW exactly and rejects by a rule."""
 
     name = "Recorder"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def _features(lam: Tensor, harmonics: int) -> Tensor:
     return torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1)
 
 
-class Conditioned(nn.Module):
+class Conditioned(nn.Module, ABC):
     """A network of (x, lam, label): the embedding that its blocks read, and the two halves of its output.
 
     Attributes:
@@ -80,9 +81,9 @@ class Conditioned(nn.Module):
             )
         return time + self.label(label)
 
+    @abstractmethod
     def _heads(self, x: Tensor, lam: Tensor, label: Tensor | None) -> Tensor:
         """The output (batch, channels, ...), of twice the channels with a learned variance."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, lam: Tensor, label: Tensor | None = None) -> Tensor:
         """The prediction (batch, *shape) at x (batch, *shape), lam (batch,), label int64 (batch,) or None."""

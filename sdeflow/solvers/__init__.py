@@ -48,7 +48,7 @@ from sdeflow.solvers.runge_kutta import (
 from sdeflow.solvers.seeds import SEEDS
 from sdeflow.solvers.splitting import Splitting
 from sdeflow.solvers.stabilised import SKROCK
-from sdeflow.solvers.stochastic import StochasticSolver
+from sdeflow.solvers.stochastic import AdaptiveStochasticSolver, StochasticSolver
 from sdeflow.solvers.stochastic_rk import SRA1, SRA3, SRIW1, ShARK
 from sdeflow.solvers.stratonovich import StochasticHeun, StochasticMidpoint
 from sdeflow.solvers.tableaus import Tableau
@@ -63,6 +63,7 @@ __all__ = [
     "SRIW1",
     "SRA3",
     "SRA1",
+    "AdaptiveStochasticSolver",
     "StochasticSolver",
     "SKROCK",
     "Splitting",

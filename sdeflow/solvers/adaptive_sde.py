@@ -11,12 +11,12 @@ from torch import Tensor
 from sdeflow.calculus import NoiseKind
 from sdeflow.checked import checked_class
 from sdeflow.pid import PID
-from sdeflow.solvers.stochastic import H, StochasticSolver, Terms
+from sdeflow.solvers.stochastic import AdaptiveStochasticSolver, H, Terms
 
 
 @checked_class
 @dataclass(frozen=True)
-class AdaptiveSDE(StochasticSolver):
+class AdaptiveSDE(AdaptiveStochasticSolver):
     """x' = x + h f + G W, x'' = 1/2 (x' + x + h f(x', t + h) + G(t + h) W); x'' is kept and x'' - x' is the error.
 
     (Jolicoeur-Martineau et al. 2021, Gotta go fast when generating data with score-based models, algorithm 1.) Its
@@ -44,12 +44,11 @@ class AdaptiveSDE(StochasticSolver):
                 raise ValueError(f"AdaptiveSDE: expected {field} in (0, 1], got {value!r}")
 
     @property
-    def first_step(self) -> float:  # type: ignore[override]
+    def first_step(self) -> float:
         """`first`, as a share of the span."""
         return self.first
 
-    @property
-    def per_unit(self) -> float:  # type: ignore[override]
+    def per_unit(self, kind: NoiseKind) -> float:
         """0: the error of a step is held against the tolerance as it is, whatever its size."""
         return 0.0
 

@@ -74,6 +74,18 @@ Evaluate = Callable[[Tensor, Tensor], Tensor]
 Norm = Callable[..., Tensor]
 
 
+class Interpolant(Protocol):
+    """The states inside a step of a pair."""
+
+    def stages(self, evaluate: Evaluate, x: Tensor, s: Tensor, h: Tensor, stages: list[Tensor]) -> list[Tensor]:
+        """The evaluations of a step, with those that only the states inside it need."""
+        ...
+
+    def state(self, x: Tensor, h: Tensor, theta: Tensor, stages: list[Tensor]) -> Tensor:
+        """The state at s + theta h, theta (batch,) in [0, 1]."""
+        ...
+
+
 class Pair(Protocol):
     """An embedded pair: steps of one size a sample, with an error estimate, on a clock of its own."""
 
@@ -109,16 +121,8 @@ class Pair(Protocol):
         ...
 
     @property
-    def dense(self) -> bool:
-        """Whether it interpolates inside a step."""
-        ...
-
-    def dense_stages(self, evaluate: Evaluate, x: Tensor, s: Tensor, h: Tensor, stages: list[Tensor]) -> list[Tensor]:
-        """The evaluations, with those that only dense output needs."""
-        ...
-
-    def interpolate(self, x: Tensor, h: Tensor, theta: Tensor, stages: list[Tensor]) -> Tensor:
-        """The state at s + theta h, theta (batch,) in [0, 1]."""
+    def dense(self) -> Interpolant | None:
+        """What interpolates inside a step; None where nothing does."""
         ...
 
 

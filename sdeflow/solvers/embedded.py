@@ -24,8 +24,8 @@ class RungeKuttaPair:
         return self.tableau.order
 
     @property
-    def dense(self) -> bool:
-        return self.tableau.dense is not None
+    def dense(self) -> RungeKuttaInterpolant | None:
+        return None if self.tableau.dense is None else RungeKuttaInterpolant(self.tableau)
 
     def clock(self, problem: Problem, t: float) -> float:
         return t
@@ -71,13 +71,20 @@ class RungeKuttaPair:
         scale = torch.sqrt(high**2 + 0.01 * low**2)
         return torch.where(scale > 0, high**2 / scale, scale)
 
-    def dense_stages(self, evaluate: Evaluate, x: Tensor, s: Tensor, h: Tensor, stages: list[Tensor]) -> list[Tensor]:
+
+@dataclass(frozen=True)
+class RungeKuttaInterpolant:
+    """y(s + theta h) = x + h sum_i b_i(theta) k_i, of a tableau that has the polynomials b_i."""
+
+    tableau: Tableau
+
+    def stages(self, evaluate: Evaluate, x: Tensor, s: Tensor, h: Tensor, stages: list[Tensor]) -> list[Tensor]:
         table, step, stages = self.tableau.sparse, per_row(h, x).to(x.dtype), list(stages)
         for at, row in zip(clocks(s, h, table.extra_c), table.extra_a, strict=True):
             stages.append(evaluate(x + step * weighted(row, stages), at))
         return stages
 
-    def interpolate(self, x: Tensor, h: Tensor, theta: Tensor, stages: list[Tensor]) -> Tensor:
+    def state(self, x: Tensor, h: Tensor, theta: Tensor, stages: list[Tensor]) -> Tensor:
         dense = self.tableau.sparse.dense
         assert dense is not None
         powers = [theta ** (p + 1) for p in range(max(p for row in dense for p, _ in row) + 1)]

@@ -254,8 +254,8 @@ class ExponentialPair:
         return self.tableau.order
 
     @property
-    def dense(self) -> bool:
-        return False
+    def dense(self) -> None:
+        return None
 
     def clock(self, problem: Problem, t: float) -> float:
         lam = float(_process(problem).lam(t))
@@ -296,12 +296,6 @@ class ExponentialPair:
 
     def size(self, norms: list[Tensor]) -> Tensor:
         return norms[0]
-
-    def dense_stages(self, evaluate: Evaluate, x: Tensor, s: Tensor, h: Tensor, stages: list[Tensor]) -> list[Tensor]:
-        raise ValueError("exponential pairs have no dense output")
-
-    def interpolate(self, x: Tensor, h: Tensor, theta: Tensor, stages: list[Tensor]) -> Tensor:
-        raise ValueError("exponential pairs have no dense output")
 
 
 def _process(problem: Problem) -> GaussianSDE:

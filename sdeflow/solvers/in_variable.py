@@ -95,8 +95,8 @@ class VariablePair:
         return self.inner.order
 
     @property
-    def dense(self) -> bool:
-        return False
+    def dense(self) -> None:
+        return None
 
     def clock(self, problem: Problem, t: float) -> float:
         clock = float(self.chosen.clock(_process(problem), as_time(t)))
@@ -131,12 +131,6 @@ class VariablePair:
 
     def size(self, norms: list[Tensor]) -> Tensor:
         return self.inner.size(norms)
-
-    def dense_stages(self, evaluate: Evaluate, x: Tensor, s: Tensor, h: Tensor, stages: list[Tensor]) -> list[Tensor]:
-        raise ValueError(f"no dense output in {self.chosen.name}")
-
-    def interpolate(self, x: Tensor, h: Tensor, theta: Tensor, stages: list[Tensor]) -> Tensor:
-        raise ValueError(f"no dense output in {self.chosen.name}")
 
 
 def _process(problem: Problem) -> GaussianSDE:

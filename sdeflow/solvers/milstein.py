@@ -102,7 +102,10 @@ class LevyMilstein(StochasticSolver):
             raise ValueError(f"LevyMilstein: expected substeps as a power of 2, got {k!r}")
 
     def step(self, terms: Terms, x: Tensor, t: Tensor, h: H, w: Tensor, area: Tensor | None) -> Tensor:
-        raise NotImplementedError("LevyMilstein steps by the substeps of a grid")
+        """A step of one substep."""
+        assert area is not None
+        w, area = w.reshape(len(x), -1), area.reshape(len(x), -1)
+        return _with_iterated(terms, x, t, h, w, _iterated(w.new_zeros(()), w, area))
 
     def stepper(self, problem: Problem, x: Tensor, grid: Tensor, noise: Noise | None) -> Stepper:
         assert isinstance(problem, SDE)
@@ -112,26 +115,32 @@ class LevyMilstein(StochasticSolver):
 
 class _LevyRun(GridRun):
     def __init__(self, solver: LevyMilstein, problem: SDE, x: Tensor, grid: Tensor, noise: Noise) -> None:
-        self._problem = problem
         self._count = solver.substeps or 1 << max(0, math.ceil(math.log2((grid.numel() - 1) / 4)))
         share = torch.arange(self._count, dtype=torch.float64) / self._count
         fine = (grid[:-1, None] + torch.diff(grid)[:, None] * share).flatten()
         super().__init__(solver, problem, x, grid, noise, path=torch.cat([fine, grid[-1:]]))
 
     def _advance(self, i: int, x: Tensor) -> Tensor:
-        t, h = self._times[i], self._steps[i]
         path, iterated = x.new_zeros(()), x.new_zeros(())  # of the step so far
         for j in range(self._count):  # a batched product would round by the size of the batch
             part = self._walk(i * self._count + j)
             assert part.h is not None
-            w, area = part.w.reshape(len(x), -1), part.h.reshape(len(x), -1)
-            # P_j w_k + 1/2 w_j w_k + H_j w_k - w_j H_k
-            iterated = iterated + (path + 0.5 * w + area).unsqueeze(-1) * w.unsqueeze(-2)
-            iterated = iterated - w.unsqueeze(-1) * area.unsqueeze(-2)
+            w = part.w.reshape(len(x), -1)
+            iterated = iterated + _iterated(path, w, part.h.reshape(len(x), -1))
             path = path + w
-        iterated = iterated - 0.5 * abs(h) * torch.eye(path.shape[-1], dtype=x.dtype, device=x.device)
-        drift = self._terms.drift(x, t)
-        g, products = lie_products(self._problem, x, t)
-        g, products = g.to(x.dtype), products.to(x.dtype)
-        noise = (g * path.reshape(len(x), *[1] * (x.ndim - 1), -1)).sum(-1)
-        return plus(x, h, drift) + noise + _contract(products, iterated)
+        return _with_iterated(self._terms, x, self._times[i], self._steps[i], path, iterated)
+
+
+def _iterated(path: Tensor, w: Tensor, area: Tensor) -> Tensor:
+    """P_j W_k + 1/2 W_j W_k + H_j W_k - W_j H_k: what (W, H) of a substep from P adds to I_(j,k) + 1/2 delta_jk h."""
+    return (path + 0.5 * w + area).unsqueeze(-1) * w.unsqueeze(-2) - w.unsqueeze(-1) * area.unsqueeze(-2)
+
+
+def _with_iterated(terms: Terms, x: Tensor, t: Tensor, h: H, w: Tensor, iterated: Tensor) -> Tensor:
+    """x + f h + G W + sum_jk L^j G_k (iterated_jk - 1/2 delta_jk h)."""
+    weights = iterated - 0.5 * _flat(size(h)) * torch.eye(w.shape[-1], dtype=x.dtype, device=x.device)
+    drift = terms.drift(x, t)
+    g, products = lie_products(terms.problem, x, t)
+    g, products = g.to(x.dtype), products.to(x.dtype)
+    noise = (g * w.reshape(len(x), *[1] * (x.ndim - 1), -1)).sum(-1)
+    return plus(x, h, drift) + noise + _contract(products, weights)

@@ -210,14 +210,17 @@ class _RosenbrockRun:
 
 @dataclass(frozen=True)
 class RosenbrockPair:
-    """A tableau with an embedded method, stepped per sample; its clock is time. No dense output."""
+    """A tableau with an embedded method, stepped per sample; its clock is time."""
 
     tableau: RosenbrockTableau
-    dense: bool = False
 
     @property
     def order(self) -> int:
         return self.tableau.order
+
+    @property
+    def dense(self) -> None:
+        return None
 
     def clock(self, problem: Problem, t: float) -> float:
         return t
@@ -245,12 +248,6 @@ class RosenbrockPair:
 
     def size(self, norms: list[Tensor]) -> Tensor:
         return norms[0]
-
-    def dense_stages(self, evaluate: Evaluate, x: Tensor, s: Tensor, h: Tensor, stages: list[Tensor]) -> list[Tensor]:
-        raise NotImplementedError
-
-    def interpolate(self, x: Tensor, h: Tensor, theta: Tensor, stages: list[Tensor]) -> Tensor:
-        raise NotImplementedError
 
 
 def _step(

@@ -85,41 +85,22 @@ class StochasticSolver(Solver):
         areas: whether it uses the space-time area H besides W.
         fits: the kinds of noise it integrates.
         strong: its strong order on those noises where it is highest.
+        adaptive: whether it estimates its error, and so solves to a tolerance.
     """
 
     form: ClassVar[Literal["ito", "stratonovich"]] = "ito"
     areas: ClassVar[bool] = False
     fits: ClassVar[tuple[NoiseKind, ...]] = NOISE_KINDS
     strong: ClassVar[float] = 0.5
+    adaptive: ClassVar[bool] = False
 
     @abstractmethod
     def step(self, terms: Terms, x: Tensor, t: Tensor, h: H, w: Tensor, area: Tensor | None) -> Tensor:
         """The state at t + h from x at t; W and H of the step are those of a path in the direction of h."""
 
-    def estimate(
-        self, terms: Terms, x: Tensor, t: Tensor, h: H, w: Tensor, area: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """(the state at t + h, an estimate of its error of size |h|^(3/2)), for methods that solve to a tolerance."""
-        raise NotImplementedError
-
-    first_step: ClassVar[float | None] = None
-    """The first step tried to a tolerance, as a share of the span; None for 2^-10."""
-
-    per_unit: ClassVar[float | None] = None
-    """The power of span/h by which an estimate is weighted to a tolerance; None for 3/2 - the strong order."""
-
     def order_for(self, kind: NoiseKind) -> float:
         """The strong order for a kind of noise."""
         return self.strong
-
-    def control(self, rtol: float, atol: float, max_steps: int) -> PID:
-        """How it chooses its steps to a tolerance."""
-        return PID(rtol, atol, max_steps, grow=2.0)
-
-    @property
-    def adaptive(self) -> bool:
-        """Whether it estimates its error."""
-        return type(self).estimate is not StochasticSolver.estimate
 
     def check(self, problem: Problem) -> None:
         if not isinstance(problem, SDE) or not problem.stochastic:
@@ -150,6 +131,31 @@ class StochasticSolver(Solver):
         assert isinstance(problem, SDE)
         assert noise is not None
         return GridRun(self, problem, x, grid, noise)
+
+
+class AdaptiveStochasticSolver(StochasticSolver):
+    """A `StochasticSolver` that estimates the error of its steps, and so solves to a tolerance too."""
+
+    adaptive: ClassVar[bool] = True
+
+    @abstractmethod
+    def estimate(
+        self, terms: Terms, x: Tensor, t: Tensor, h: H, w: Tensor, area: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(the state at t + h as `step` gives it, an estimate of its error of size |h|^(3/2))."""
+
+    @property
+    def first_step(self) -> float:
+        """The first step tried, as a share of the span."""
+        return 2.0**-10
+
+    def per_unit(self, kind: NoiseKind) -> float:
+        """The power of span/h by which an estimate is weighted against the tolerance."""
+        return 1.5 - self.order_for(kind)
+
+    def control(self, rtol: float, atol: float, max_steps: int) -> PID:
+        """How it chooses its steps."""
+        return PID(rtol, atol, max_steps, grow=2.0)
 
 
 def _fitting(kind: NoiseKind) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.calculus import NoiseKind
-from sdeflow.solvers.stochastic import H, StochasticSolver, Terms, plus, root, size
+from sdeflow.solvers.stochastic import AdaptiveStochasticSolver, H, Terms, plus, root, size
 
 Rows = tuple[tuple[float, ...], ...]
 
@@ -48,7 +48,7 @@ def _at(t: Tensor, c: float, h: H) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SRA(StochasticSolver):
+class SRA(AdaptiveStochasticSolver):
     """A method for additive noise of strong order 1.5 (weak order 2), from its tableau. Solves to a tolerance.
 
     The error estimate is the difference to Euler-Maruyama's step, of size h^(3/2).
@@ -113,7 +113,7 @@ def SRA3() -> SRA:
 
 
 @dataclass(frozen=True)
-class ShARK(StochasticSolver):
+class ShARK(AdaptiveStochasticSolver):
     """Shifted additive-noise Runge-Kutta: strong order 1.5 (weak 2) for additive noise, two drifts a step.
 
         y = x + G H,  z = y + 5/6 (h f(y, t) + G W),
@@ -148,7 +148,7 @@ class ShARK(StochasticSolver):
 
 
 @dataclass(frozen=True)
-class SRIW1(StochasticSolver):
+class SRIW1(AdaptiveStochasticSolver):
     """Rossler's SRI1W1 for diagonal and scalar noise: strong order 1.5; 2 drifts and 4 diffusions a step.
 
     Weak order 2 for additive noise, and 1.5 where G''' is not 0. (Rossler 2010, section 5, table 5.2.) Solves to a

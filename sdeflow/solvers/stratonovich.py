@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from sdeflow.calculus import NoiseKind
-from sdeflow.solvers.stochastic import H, StochasticSolver, Terms, plus
+from sdeflow.solvers.stochastic import AdaptiveStochasticSolver, H, StochasticSolver, Terms, plus
 
 
 @dataclass(frozen=True)
-class StochasticHeun(StochasticSolver):
+class StochasticHeun(AdaptiveStochasticSolver):
     """y = x + f h + G W; x' = x + 1/2 (f + f(y)) h + 1/2 (G + G(y)) W, of the Stratonovich equation.
 
     (Rumelin 1982, Numerical treatment of stochastic differential equations.) Strong order 1 for noise that commutes,
