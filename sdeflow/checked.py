@@ -52,13 +52,15 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     A number is real, no NaN, and no bool; 0-d tensors and arrays are numbers too. A whole number fits into 64 bits. A
     tensor is real, dense, and has values (is not on "meta"). A tuple may be a list. `Any` is anything, and so is an
-    annotation that is not understood. Values are passed on as they are; ranges are for the function itself.
+    annotation that is not understood. Numbers of numpy are passed on as Python's, all else as it is; ranges are for
+    the function itself.
 
     Raises:
         ArgumentError: at a call, an argument of another kind, before anything of the function runs.
     """
     names = tuple(inspect.signature(function).parameters)
     rules: dict[str, Rule] = {}
+    target: Callable[..., R] = function
     known = False
 
     @functools.wraps(function)
@@ -74,9 +76,14 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             if name in rules and not rules[name].fits(value):
                 rule = rules[name]
                 raise ArgumentError(f"expected {name} as {rule.words}, got {described(value)}{_hint(value, rule)}")
-        return function(*args, **kwargs)
+        return target(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
 
     return call
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy as Python's: what is printed, saved or compared is the same whoever computed it."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def checked_class(cls: C) -> C:

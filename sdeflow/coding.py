@@ -97,8 +97,6 @@ def interpolate(a: Tensor, b: Tensor, n: int, mode: Literal["spherical", "linear
             one great circle.
         TypeError: n is no integer, or the states are no floating-point tensors.
     """
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise TypeError(f"expected an integer number of states n, got {n!r}")
     if not 2 <= n <= 1_000_000:
         raise ValueError(f"expected n >= 2 states, the two ends included, got {n} (at most a million)")
     if mode not in ("spherical", "linear"):

@@ -200,8 +200,6 @@ def divergence_of(name: str, probes: int) -> Divergence:
     """
     if name not in DIVERGENCES:
         raise ValueError(f"unknown divergence {name!r}: expected one of {', '.join(DIVERGENCES)}")
-    if isinstance(probes, bool) or not isinstance(probes, int):
-        raise TypeError(f"expected an integer number of probes, got {probes!r}")
     if not 1 <= probes <= MOST_PROBES:
         raise ValueError(f"expected probes >= 1, got {probes} (at most {MOST_PROBES})")
     if name == "exact":

@@ -145,7 +145,7 @@ def ensemble(
     from sdeflow.solvers import EulerMaruyama
 
     for name, value in (("num", num), ("batch", batch), ("threads", threads)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < MOST_SAMPLES:
+        if not 1 <= value < MOST_SAMPLES:
             raise ValueError(f"expected {name} >= 1 and below {MOST_SAMPLES}, got {value!r}")
     empty = dict(statistics or {})
     for name, statistic in empty.items():

@@ -361,9 +361,7 @@ _MOST_DRAWS = 1_000_000
 """Of one call: each is one or two model calls, or a solve."""
 
 
-def _check_count(value: object, name: str, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"expected {name} to be an integer, got {value!r}")
+def _check_count(value: int, name: str, least: int) -> None:
     if not least <= value <= _MOST_DRAWS:
         raise ValueError(f"expected {name} >= {least}, got {value} (at most {_MOST_DRAWS})")
 

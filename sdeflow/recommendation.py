@@ -55,7 +55,7 @@ def recommend(process: SDE, *, nfe: int, stochastic: bool = False) -> Recommenda
     process = getattr(process, "process", process)
     if not isinstance(process, SDE):
         raise TypeError(f"expected an SDE, got {type(process).__name__}")
-    if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
+    if nfe < 1:
         raise ValueError(f"expected nfe >= 1 model calls, got {nfe!r}")
     eta = 1.0 if stochastic else 0.0
     if not isinstance(process, GaussianSDE):

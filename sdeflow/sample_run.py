@@ -104,7 +104,7 @@ def sample_to(
         ValueError: arguments that do not fit, or a folder with samples of another run.
     """
     for name, value in (("chunk", chunk), ("num", num), ("threads", threads), *([("shard", shard)] if shard else [])):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < MOST_SAMPLES:
+        if not 1 <= value < MOST_SAMPLES:
             raise ValueError(f"expected {name} >= 1 and below {MOST_SAMPLES}, got {value!r}")
     if kind not in FORMATS:
         raise ValueError(f"expected the format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, got {kind!r}")

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from sdeflow import grids
-from sdeflow.checked import described
+from sdeflow.checked import described, whole
 from sdeflow.grids import GridFunction
 from sdeflow.model import Model
 from sdeflow.names import check_names
@@ -155,10 +155,10 @@ def budgets(nfe: Iterable[int]) -> list[int]:
     if isinstance(nfe, (set, frozenset, dict, str, bytes)):
         raise TypeError(f"expected budgets as a list of integers, got {described(nfe)}")
     nfe = list(nfe)
-    bad = [n for n in nfe if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 10_000_000]
+    bad = [n for n in nfe if not whole(n) or not 1 <= n <= 10_000_000]
     if bad:
         raise ValueError(f"expected NFE budgets as positive integers, at most ten million, got {described(bad[0])}")
-    return _nonempty(sorted(set(nfe)), "NFE budget")
+    return _nonempty(sorted({int(n) for n in nfe}), "NFE budget")
 
 
 def _nonempty(values: list[T], what: str) -> list[T]:

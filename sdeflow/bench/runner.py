@@ -99,8 +99,6 @@ def run(
         budgets(suite.nfe if nfe is None else nfe),
         suite.tolerances,
     )
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"expected an integer seed, got {seed!r}")
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"expected the dtype torch.float32 or torch.float64, got {dtype!r}")
     changes = {"samples": samples, "draws": draws, "tolerance": tolerance}

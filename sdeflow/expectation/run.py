@@ -340,9 +340,7 @@ def _check(
     least |= {"coarsest": (coarsest, 1), "dimension": (dimension, 1)}
     for name, (value, low) in least.items():
         most = _MOST[name]
-        if value is None and name == "num":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= most:
+        if value is not None and not low <= value <= most:
             raise ValueError(f"expected {name} as an integer >= {low}, got {value!r} (at most {most})")
 
 

@@ -75,7 +75,7 @@ def leading(
     Args:
         offset: of all entries, >= 0; 0 visits entry 0, so that t_end must be below it.
     """
-    if isinstance(offset, bool) or not isinstance(offset, int) or offset < 0:
+    if offset < 0:
         raise ValueError(f"expected an integer offset >= 0, got {offset!r}")
 
     def entries(size: int, first: float, last: float) -> Tensor:

@@ -74,7 +74,7 @@ def consistency(
             that are not nodes at which a step begins.
     """
     nodes = falling(grid, "consistency")
-    if isinstance(order, bool) or order not in (1, 2):
+    if order not in (1, 2):
         raise ValueError(f"consistency: expected order 1 or 2, got {order!r}")
     if order != 1 and teacher is None:
         raise ValueError("consistency: order is that of the teacher's step, and there is no teacher")

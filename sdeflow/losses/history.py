@@ -34,7 +34,7 @@ class LossHistory:
 
     def __init__(self, bins: int, *, history: int = 10, uniform: float = 1e-3) -> None:
         for name, value in (("bins", bins), ("history", history)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if value < 1:
                 raise ValueError(f"expected {name} to be an integer >= 1, got {value!r}")
         if bins * history > MOST_TIMES:
             raise ValueError(f"expected at most {MOST_TIMES} losses, bins times history, got {bins} times {history}")

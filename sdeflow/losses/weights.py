@@ -212,7 +212,7 @@ def sigmoid(bias: float = 0.0) -> Weight:
     Raises:
         ValueError: bias is not finite.
     """
-    if isinstance(bias, bool) or not (isinstance(bias, (int, float)) and math.isfinite(bias)):
+    if not math.isfinite(bias):
         raise ValueError(f"expected a finite bias, got {bias!r}")
     return by_lam(lambda lam: torch.sigmoid(bias - 2 * lam), f"sigmoid({bias:g})")
 

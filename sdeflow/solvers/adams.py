@@ -41,7 +41,7 @@ class Adams(LinearSolver):
     start: Literal["ramp", "runge-kutta"] = "ramp"
 
     def __post_init__(self) -> None:
-        if isinstance(self.order, bool) or self.order not in range(1, _MOST + 1):
+        if self.order not in range(1, _MOST + 1):
             raise ValueError(f"Adams: expected order 1 to {_MOST}, got {self.order!r}")
         if self.start not in ("ramp", "runge-kutta"):
             raise ValueError(f'Adams: expected start "ramp" or "runge-kutta", got {self.start!r}')

@@ -10,7 +10,6 @@ beta_t = v in a VP process, and the posterior of x_1 given x_0 and the data has 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -151,8 +150,6 @@ class EulerAncestral(DDIM):
     name = "EulerAncestral"
 
     def __post_init__(self) -> None:
-        if isinstance(self.eta, bool) or not (isinstance(self.eta, (int, float)) and math.isfinite(self.eta)):
-            raise ValueError(f"EulerAncestral: expected a finite eta >= 0, got {self.eta!r}")
         if not 0 <= self.eta <= LARGEST:
             raise ValueError(f"EulerAncestral: expected a finite eta >= 0, got {self.eta!r} (at most {LARGEST:g})")
 

@@ -272,7 +272,7 @@ def _dpm_solver(
     lower_order_final: bool,
     second: Literal["exact", "bh1", "bh2", "midpoint"],
 ) -> ExponentialMultistep | ExponentialRK:
-    if isinstance(order, bool) or order not in (1, 2, 3):
+    if order not in (1, 2, 3):
         raise ValueError(f"{name}: expected order 1, 2 or 3, got {order!r}")
     label = f"{name}({order}{'M' if multistep else 'S'})"
     if multistep:
@@ -291,7 +291,7 @@ def DPMSolverFast(nfe: int) -> ExponentialRK:
 
     (Lu et al. 2022, DPM-Solver, section 3.4.) Solve with `steps = nfe // 3 + 1`.
     """
-    if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 3:
+    if nfe < 3:
         raise ValueError(f"DPMSolverFast: expected nfe >= 3, got {nfe!r}")
     return ExponentialRK(3, "eps", "DPMSolverFast", final_orders=((2, 1), (1,), (2,))[nfe % 3])
 

@@ -119,7 +119,7 @@ class ExponentialRK(LinearSolver):
     view: View = "transition"
 
     def __post_init__(self) -> None:
-        if isinstance(self.order, bool) or self.order not in TABLEAUS:
+        if self.order not in TABLEAUS:
             raise ValueError(f"{self.name}: expected order 1 to 4, got {self.order!r}")
         if self.prediction not in ("x0", "eps"):
             raise ValueError(f'{self.name}: expected prediction "x0" or "eps", got {self.prediction!r}')

@@ -75,7 +75,7 @@ class GaussianSplit(Solver):
     view: View = "transition"
 
     def __post_init__(self) -> None:
-        if isinstance(self.order, bool) or self.order not in (1, 2, 3, 4):
+        if self.order not in (1, 2, 3, 4):
             raise ValueError(f"GaussianSplit: expected order 1 to 4, got {self.order!r}")
         if self.start not in ("ramp", "runge-kutta"):
             raise ValueError(f'GaussianSplit: expected start "ramp" or "runge-kutta", got {self.start!r}')

@@ -43,7 +43,7 @@ class Langevin:
     def __post_init__(self) -> None:
         if not 0 < self.snr <= 1e15:  # its square multiplies float32 states
             raise ValueError(f"Langevin: expected snr > 0, got {self.snr!r} (at most 1e15)")
-        if isinstance(self.steps, bool) or not (isinstance(self.steps, int) and 1 <= self.steps <= 1_000_000):
+        if not 1 <= self.steps <= 1_000_000:
             raise ValueError(f"Langevin: expected steps >= 1, got {self.steps!r} (at most a million)")
         if self.size not in ("level", "sample", "batch"):
             raise ValueError(f'Langevin: expected size "level", "sample" or "batch", got {self.size!r}')
@@ -171,7 +171,7 @@ class AnnealedLangevin(Solver):
     view: View = "transition"
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not (isinstance(self.steps, int) and 1 <= self.steps <= 1_000_000):
+        if not 1 <= self.steps <= 1_000_000:
             raise ValueError(f"AnnealedLangevin: expected steps >= 1, got {self.steps!r} (at most a million)")
         if not (math.isfinite(self.step_size) and self.step_size > 0):
             raise ValueError(f"AnnealedLangevin: expected step_size > 0, got {self.step_size!r}")

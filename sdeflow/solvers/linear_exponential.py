@@ -66,9 +66,8 @@ class LinearExponential(Solver):
     covariance: Any = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.order, bool) or self.order not in (1, 2, 3):
+        if self.order not in (1, 2, 3):
             raise ValueError(f"LinearExponential: expected order 1, 2 or 3, got {self.order!r}")
-        object.__setattr__(self, "order", int(self.order))  # small integers of numpy would wrap
         if self.start not in ("ramp", "sweep"):
             raise ValueError(f'LinearExponential: expected start "ramp" or "sweep", got {self.start!r}')
         if self.covariance is not None:

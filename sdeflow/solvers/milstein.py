@@ -98,7 +98,7 @@ class LevyMilstein(StochasticSolver):
 
     def __post_init__(self) -> None:
         k = self.substeps
-        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1 or k & (k - 1)):
+        if k is not None and (k < 1 or k & (k - 1)):
             raise ValueError(f"LevyMilstein: expected substeps as a power of 2, got {k!r}")
 
     def step(self, terms: Terms, x: Tensor, t: Tensor, h: H, w: Tensor, area: Tensor | None) -> Tensor:

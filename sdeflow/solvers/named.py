@@ -84,7 +84,7 @@ def SASolver(predictor: int = 3, corrector: int = 4, tau: Eta | OwnEta | None = 
     Raises:
         ValueError: other numbers of evaluations, or a negative tau.
     """
-    if isinstance(corrector, bool) or corrector not in (0, 2, 3, 4, 5):
+    if corrector not in (0, 2, 3, 4, 5):
         raise ValueError(f"SASolver: expected a corrector of 2 to 5 evaluations, or 0 for none, got {corrector!r}")
     if isinstance(tau, (int, float)) and not 0 <= tau <= LARGEST:
         raise ValueError(f"SASolver: expected tau >= 0, got {tau!r} (at most {LARGEST:g})")
@@ -114,6 +114,6 @@ def ERSDE(order: int = 3, phi: Callable[[Tensor], Tensor] | None = None) -> Expo
         phi: of a float64 tensor of levels, phi(u)/u not decreasing; None is the paper's u (exp(u^0.3) + 10). u itself
             is the flow, u^2 the reverse SDE (eta = 1).
     """
-    if isinstance(order, bool) or order not in (1, 2, 3):
+    if order not in (1, 2, 3):
         raise ValueError(f"ERSDE: expected order 1, 2 or 3, got {order!r}")
     return ExponentialMultistep(order, coordinate="rho", eta=NoiseScale(phi), name=f"ERSDE({order})")

@@ -83,7 +83,7 @@ class Replacement(_AfterStep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.resample, bool) or not isinstance(self.resample, int) or not 1 <= self.resample <= _MOST:
+        if not 1 <= self.resample <= _MOST:
             raise ValueError(f"Replacement: expected resample >= 1, got {self.resample!r} (at most {_MOST})")
         if self.observation.noise_std != 0:
             raise ValueError(

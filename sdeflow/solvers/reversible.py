@@ -91,8 +91,6 @@ class Reversible(Solver):
         if not isinstance(self.base, RungeKutta):
             raise TypeError(f"Reversible: expected base as a Runge-Kutta method such as Midpoint(), got {self.base!r}")
         variable(self.name_of_variable)
-        if isinstance(self.coupling, bool) or not isinstance(self.coupling, (int, float)):
-            raise TypeError(f"Reversible: expected coupling as a number in (0, 1], got {self.coupling!r}")
         if not 0 < self.coupling <= 1:
             raise ValueError(f"Reversible: expected coupling in (0, 1], got {self.coupling!r}")
 

@@ -37,7 +37,7 @@ class SEEDS(LinearSolver):
     view: View = "transition"
 
     def __post_init__(self) -> None:
-        if isinstance(self.order, bool) or self.order not in (1, 2, 3):
+        if self.order not in (1, 2, 3):
             raise ValueError(f"SEEDS: expected order 1, 2 or 3, got {self.order!r}")
 
     @property

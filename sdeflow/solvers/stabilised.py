@@ -40,7 +40,7 @@ class SKROCK(StochasticSolver):
     strong: ClassVar[float] = 0.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or not 1 <= self.stages <= 10_000:
+        if not 1 <= self.stages <= 10_000:
             raise ValueError(f"SKROCK: expected stages >= 1, got {self.stages!r} (at most 10000)")
         if not _LEAST <= self.damping <= _MOST:  # beyond, cosh overflows or acosh has no digits
             raise ValueError(f"SKROCK: expected damping > 0, from {_LEAST:g} to {_MOST:g}, got {self.damping!r}")

@@ -84,10 +84,10 @@ class Moments(_Sums):
     """
 
     def __init__(self, order: int = 2, *, centre: float | Tensor = 0.0) -> None:
-        if isinstance(order, bool) or order not in (1, 2, 3, 4):
+        if order not in (1, 2, 3, 4):
             raise ValueError(f"expected an order from 1 to 4, got {order!r}")
         super().__init__()
-        self.order, self.centre = int(order), _centre(centre)
+        self.order, self.centre = order, _centre(centre)
 
     def empty(self) -> Self:
         return type(self)(self.order, centre=self.centre)

@@ -336,7 +336,7 @@ def check_model(
         TypeError: a callable without a process.
         ValueError: no event is known, `process` is not the model's, or calls < 1.
     """
-    if calls is not None and (isinstance(calls, bool) or not isinstance(calls, int) or calls < 1):
+    if calls is not None and calls < 1:
         raise ValueError(f"expected calls >= 1, or None, got {calls!r}")
     if not isinstance(model, Model) and process is None:
         raise TypeError("expected process= with a callable score(x, t)")

@@ -154,7 +154,7 @@ def _checked(
     if not isinstance(model, Model):
         raise TypeError(f"expected a Model, got {type(model).__name__}; wrap the network: sf.Model(net, sde, ...)")
     for name, value, least in (("steps", steps, 1), ("calibration", calibration, 2), ("iterations", iterations, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
+        if not least <= value <= _MOST:
             raise ValueError(f"expected {name} >= {least}, got {value!r} (at most {_MOST})")
     problem = model.gaussian.reverse(_repeated(model, 4 * calibration), 0.0)
     if not isinstance(solver, Solver) or isinstance(solver, Plan) or not hasattr(solver, "plan"):

@@ -55,7 +55,7 @@ class _Pilot:
 
 
 def _pilot(model: Model, shape: tuple[int, ...] | None, pilots: int, seed: int) -> _Pilot:
-    if isinstance(pilots, bool) or not isinstance(pilots, int) or pilots < 1:
+    if pilots < 1:
         raise ValueError(f"expected pilots >= 1, got {pilots!r}")
     process, net = model.gaussian, model.net
     event: Any = getattr(net, "shape", None) if shape is None else shape
@@ -92,7 +92,7 @@ def equal_local_error(
     Raises:
         ValueError: arguments that do not fit.
     """
-    if isinstance(order, bool) or order not in (1, 2, 3):
+    if order not in (1, 2, 3):
         raise ValueError(f"expected order 1, 2 or 3, got {order!r}")
     pilot = _pilot(model, shape, pilots, seed)
     slope = pilot.x0

@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import timeit
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -97,6 +98,27 @@ def test_the_function_does_not_run_before_the_check():
     assert ran == []
     act(1, torch.ones(2), "passed on", named="too")
     assert ran == [1]
+
+
+def test_numbers_of_numpy_are_numbers():
+    """They come out of every loop over an array of settings, and are then printed, saved and compared."""
+    two = np.int64(2)
+    assert sf.solvers.DPMSolverPP(two) == sf.solvers.DPMSolverPP(2)
+    assert repr(sf.solvers.DPMSolverPP(two)) == repr(sf.solvers.DPMSolverPP(2))
+    assert sf.solvers.Langevin(snr=np.float32(0.25), steps=two) == sf.solvers.Langevin(snr=0.25, steps=2)
+    assert type(sf.VP(np.float64(0.2)).beta_min) is float
+    process = sf.VP()
+    model = sf.problems.TwoMoons().model(process)
+    for steps in np.array([2, 3]):
+        run = sf.sample(model, np.int64(3), shape=(two,), solver=sf.solvers.DDIM(), steps=steps, seed=np.uint8(1))
+        want = sf.sample(model, 3, shape=(2,), solver=sf.solvers.DDIM(), steps=int(steps), seed=1)
+        assert torch.equal(run.x, want.x)
+    assert repr(sf.recommend(process, nfe=np.int64(10)).solver) == repr(sf.recommend(process, nfe=10).solver)
+    assert sf.bench.methods.budgets(np.array([10, 5])) == [5, 10]
+    with pytest.raises(ArgumentError, match="steps as a whole number or None, got"):
+        sf.sample(model, 3, shape=(2,), solver=sf.solvers.DDIM(), steps=np.float64(2.5))
+    with pytest.raises(ArgumentError, match="beta_min as a number, got"):
+        sf.VP(np.float64("nan"))
 
 
 def test_a_check_costs_less_than_two_microseconds_an_argument(record_property):
