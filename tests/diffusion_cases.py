@@ -1,7 +1,5 @@
 """Stochastic samplers of diffusion models with their orders, and the exact law of what they make of Gaussian data."""
 
-import math
-
 import torch
 
 import sdeflow as sf
@@ -45,13 +43,6 @@ def blend(x, t):
 def power(exponent):
     """The noise scale x^exponent, that is eta^2 = exponent - 1."""
     return lambda x: x**exponent
-
-
-def levels(t):
-    """(alpha, sigma, lam) of VP at t, as numbers, by the closed form."""
-    log_alpha = -0.25 * t**2 * 19.9 - 0.05 * t
-    alpha, sigma = math.exp(log_alpha), math.sqrt(-math.expm1(2 * log_alpha))
-    return alpha, sigma, math.log(alpha / sigma)
 
 
 def marginal(process, t):

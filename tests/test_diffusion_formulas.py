@@ -25,8 +25,8 @@ from sdeflow.solvers import (
     SASolver,
     Window,
 )
-from tests.diffusion_cases import END, GRID, MIXTURE, MODEL, START, VP, X, agree, blend, label, levels, power, run
-from tests.exact import F64, rms, slope, unit_increments
+from tests.diffusion_cases import END, GRID, MIXTURE, MODEL, START, VP, X, agree, blend, label, power, run
+from tests.exact import F64, levels, rms, slope, unit_increments
 from tests.test_orders import flow_case
 
 

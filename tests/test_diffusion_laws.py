@@ -48,13 +48,12 @@ from tests.diffusion_cases import (
     label,
     law_after,
     law_errors,
-    levels,
     marginal,
     power,
     rising,
     run,
 )
-from tests.exact import F64, NumpyVP, random_mixture, slope
+from tests.exact import F64, NumpyVP, levels, random_mixture, slope
 
 # ---- exact laws
 
