@@ -14,6 +14,9 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("sdeflow")
 
 
+pytest.register_assert_rewrite("tests")  # the asserts of shared helpers show their values too
+
+
 def pytest_configure():
     torch.set_num_threads(1)
 

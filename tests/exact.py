@@ -151,6 +151,13 @@ class NumpyVP:
         return np.sqrt(1 - self.alpha(t) ** 2)
 
 
+def levels(t):
+    """(alpha, sigma, lam) of VP at t, as numbers, by the closed form."""
+    log_alpha = -0.25 * t**2 * 19.9 - 0.05 * t
+    alpha, sigma = math.exp(log_alpha), math.sqrt(-math.expm1(2 * log_alpha))
+    return alpha, sigma, math.log(alpha / sigma)
+
+
 class NumpyMixture:
     """Score of a noised mixture by plain sums over components."""
 

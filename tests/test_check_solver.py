@@ -28,13 +28,13 @@ from sdeflow.solvers import (
     Milstein,
     RungeKutta,
     Solver,
-    StochasticHeun,
     UniPC,
 )  # fmt: skip
 from sdeflow.solvers.stochastic import root, size
 from sdeflow.solvers.stochastic_rk import SRA, SRA1_TABLEAU
 from sdeflow.testing.report import CheckError
 from sdeflow.testing.solvers import check_solver
+from tests.sde_solver_cases import ItoDrift, WithoutArea
 
 F64 = torch.float64
 
@@ -212,21 +212,11 @@ class WrongSign(Milstein):
         return x + h * terms.drift(x, t) + g * w - 0.5 * slope * (w * w - size(h))
 
 
-class ItoDrift(StochasticHeun):
-    form = "ito"
-
-
 class Wide(SRIW1):
     """Its increments a little too wide, where a step has powers of them."""
 
     def step(self, terms, x, t, h, w, area):
         return super().step(terms, x, t, h, 1.01 * w, area)
-
-
-@dataclasses.dataclass(frozen=True)
-class WithoutArea(SRA):
-    def step(self, terms, x, t, h, w, area):
-        return super().step(terms, x, t, h, w, 0 * area)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from sdeflow.nets import MLP, EDMPreconditioned
 from sdeflow.solvers import DDIM, ConsistencySampler
 from sdeflow.training import train
 from tests.exact import F64, random_mixture, slope
-from tests.test_losses import normals
+from tests.loss_cases import normals
 
 VP = sf.VP()
 MIXTURE = sf.problems.GaussianMixture(*random_mixture(5, 3, seed=4, spread=1.2))

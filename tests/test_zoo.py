@@ -21,7 +21,7 @@ from sdeflow.solvers import (
     UniPC,
 )  # fmt: skip
 from sdeflow.solvers.catalogue import FAMILY
-from tests.exact import F64, random_mixture, unit_increments
+from tests.exact import F64, levels, random_mixture, unit_increments
 from tests.test_orders import half_second_difference
 
 VP = sf.VP()
@@ -30,13 +30,6 @@ MODEL = MIXTURE.model(VP)
 FLOW = VP.probability_flow(MODEL)
 X = torch.randn(6, 8, dtype=F64, generator=torch.Generator().manual_seed(0))
 GRID = sf.grids.power(VP, 12)
-
-
-def levels(t):
-    """(alpha, sigma, lam) of VP at t, as numbers, by the closed form."""
-    log_alpha = -0.25 * t**2 * 19.9 - 0.05 * t
-    alpha, sigma = math.exp(log_alpha), math.sqrt(-math.expm1(2 * log_alpha))
-    return alpha, sigma, math.log(alpha / sigma)
 
 
 def time_at(lam):

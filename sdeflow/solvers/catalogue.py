@@ -229,7 +229,8 @@ SAMPLERS: tuple[Row, ...] = (
         "Song and Ermon 2019, Generative modeling by estimating gradients, algorithm 1", noise=("own",)),
 )  # fmt: skip
 """Samplers of diffusion models with a stochasticity of their own (noise "own": they run on the flow; `order` is that
-without it), or with several normals a step: docs/stochasticity.md, held to their orders in tests/test_diffusion_sde.py.
+without it), or with several normals a step: docs/stochasticity.md, held to their orders in
+tests/test_diffusion_laws.py.
 """
 
 CATALOGUE: tuple[Row, ...] = FAMILY + SAMPLERS
