@@ -22,7 +22,7 @@ TimeInput = Literal["sigma", "lam", "discrete"] | Callable[[Tensor], Tensor] | N
 def time_input(time: TimeInput, sde: SDE) -> Callable[[Tensor], Tensor]:
     """The function of t that gives a network its time; ValueError where the process does not define it."""
     if time is None:
-        return lambda t: t
+        return _itself
     if callable(time) and not isinstance(time, type):
         return time
     if time == "discrete" and isinstance(sde, DiscreteVP):
@@ -33,6 +33,10 @@ def time_input(time: TimeInput, sde: SDE) -> Callable[[Tensor], Tensor]:
         needed = "a DiscreteVP" if time == "discrete" else "a GaussianSDE"
         raise ValueError(f"time={time!r} needs {needed}, got {sde!r}; pass a function of t instead")
     raise ValueError(f'expected time to be None, "sigma", "lam", "discrete" or a function, got {time!r}')
+
+
+def _itself(t: Tensor) -> Tensor:  # by name, so that models can be pickled
+    return t
 
 
 def classes_of(net: Callable[..., Any]) -> int | None:

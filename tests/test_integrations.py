@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import io
 import itertools
 import pickle
 import shutil
@@ -403,6 +404,50 @@ def test_a_network_that_returns_no_tensor_is_told_what_to_do():
             sf.sample(model, 2, shape=(2,), solver=sf.solvers.DDIM(), steps=2)
     with pytest.raises(ValueError, match=r"returned \(2, 3\) for x of shape \(2, 2\)"):
         sf.Model(lambda x, t: torch.zeros(2, 3), VP, "eps").score(torch.zeros(2, 2), 0.5)
+
+
+class Predicted(torch.nn.Module):
+    """A network of any time."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x, t):
+        return self.weight * x * torch.cos(t)[:, None]
+
+
+def tripled(t):
+    return 3 * t
+
+
+@pytest.mark.parametrize(
+    ("name", "time"),
+    [
+        ("DiscreteVP", "discrete"),
+        ("VE", "sigma"),
+        ("VP", "lam"),
+        ("VP", tripled),
+        *((name, None) for name in PROCESSES if name != "kernel"),
+    ],
+)
+def test_a_model_and_its_reversal_are_pickled_where_the_network_is(name, time):
+    process = PROCESSES[name]
+    model = sf.Model(Predicted(), process, "x0", time)
+    x, t = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), 0.4 * process.t1
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again.score(x, t), model.score(x, t))
+    assert again.sde == model.sde
+    reverse = model.gaussian.reverse(model)
+    file = io.BytesIO()
+    torch.save(reverse, file)
+    file.seek(0)
+    for other in (pickle.loads(pickle.dumps(reverse)), torch.load(file, weights_only=False), copy.deepcopy(reverse)):
+        at = torch.tensor(t, dtype=F64)
+        assert torch.equal(other.drift(x, at), reverse.drift(x, at))
+        grid = torch.tensor([0.9, 0.6, 0.4], dtype=F64) * process.t1
+        ends = [sf.solve(one, x, sf.solvers.EulerMaruyama(), grid=grid, seed=0).x for one in (other, reverse)]
+        assert torch.equal(*ends)
 
 
 # ---- one label for all
