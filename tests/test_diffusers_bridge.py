@@ -581,6 +581,33 @@ def test_several_calls_a_step_churn_and_noise_are_those_of_solve(solver, net, x)
     assert torch.equal(inside, solved(model, solver_of(solver), plan.grid, x, eta=eta, seed=7))
 
 
+SPLITS = [
+    sf.solvers.EDMHeun(),
+    sf.solvers.EDMEuler(s_churn=3.0, s_tmin=0.01),
+    sf.solvers.GaussianSplit(3),
+    sf.solvers.GaussianSplit(2, mean=0.1 * torch.arange(192.0).reshape(3, 8, 8).cos(), variance=torch.tensor(0.3)),
+    sf.solvers.GaussianSplit(2, mean=[[[0.1]]], start="runge-kutta"),
+    sf.recommend(sf.VP(), nfe=10).solver,
+]
+
+
+@pytest.mark.parametrize("solver", SPLITS, ids=lambda s: f"{s.name}-{s!r:.30}")
+def test_solvers_are_given_as_such(solver, x):
+    """Also those whose numbers are infinite or tensors: as text in the configuration, and the same when read back."""
+    scheduler = DDPMScheduler(**TABLE, prediction_type="v_prediction", clip_sample=False)
+    ours = PlanScheduler.from_scheduler(scheduler, solver, grid="trailing", seed=7)
+    again = PlanScheduler.from_config(json.loads(ours.to_json_string()))
+    model = sf.Model.from_diffusers(lambda x, t: torch.tanh(x), scheduler)
+    direct = solved(model, solver, sf.grids.trailing(model.sde, 5), x, seed=7)
+    for one in (ours, again):
+        one.set_timesteps(5)
+        state = x
+        with torch.no_grad():
+            for t in one.timesteps:
+                state = one.step(torch.tanh(state), t, state).prev_sample
+        assert torch.equal(state, direct)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_state_that_the_pipeline_changes_is_gone_on_from(dtype, net, x):
     """Also changed in place: inpainting writes the known part of the image into every state."""
@@ -634,12 +661,17 @@ def test_what_a_scheduler_refuses(net, x):
         ("NoSuch(2)", "no such name"),
         ("DPMSolverPP(9)", "expected order 1, 2 or 3"),
         ("PredictorCorrector", "expected a solver"),
-        ("GaussianSplit()", "has no plan"),
+        ("GaussianSplit(variance=[0.2, 0.3])", "one coefficient for all components"),
+        (sf.solvers.GaussianSplit(variance=torch.ones(3)), "one coefficient for all components"),
+        (sf.solvers.GaussianSplit(mean=torch.zeros(3, 64, 64)), "a mean of at most 10000 numbers.* 12288: .*from_plan"),
+        (sf.solvers.AdaptiveSDE(), "has no plan"),
         ("AdaptiveSDE()", "has no plan"),
         ("by_name('RK4')", "has no plan"),
     ]:
         with pytest.raises(ValueError, match=says):
             make(scheduler, solver)
+    with pytest.raises(TypeError, match="expected a solver, or its constructor as text, got 3"):
+        make(scheduler, 3)
     with pytest.raises(ValueError, match="unknown grid"):
         make(scheduler, "DDIM()", grid="nice")
     with pytest.raises(ValueError, match="descending times"):

@@ -25,6 +25,7 @@ from sdeflow.integrations.diffusers_grids import chosen_grid, time_of_told
 from sdeflow.integrations.diffusers_model import from_diffusers
 from sdeflow.integrations.plan_rows import (
     Given,
+    Planned,
     RowRun,
     check_starts,
     plan_of,
@@ -36,7 +37,6 @@ from sdeflow.integrations.plan_rows import (
 from sdeflow.model import row_of
 from sdeflow.noise import Noise, fresh_seed
 from sdeflow.plan import Plan
-from sdeflow.solvers.base import LinearSolver
 
 _OWN = ("solver", "grid", "eta", "seed", "plan", "source")
 
@@ -136,7 +136,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # their
         self._given = Given()
         self._model = from_diffusers(self._given, self._entries)
         self._problem = self._model.gaussian.reverse(self._model, eta)
-        self._solver: LinearSolver | None = None
+        self._solver: Planned | None = None
         if (solver is None) == (plan is None):
             raise ValueError("expected a solver, or a plan, and not both")
         if plan is not None and (grid is not None or eta != 0.0):
@@ -174,7 +174,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # their
     def from_scheduler(
         cls,
         scheduler: Any,
-        solver: LinearSolver | str,
+        solver: Planned | str,
         *,
         grid: str | Sequence[float] | Tensor | None = None,
         eta: float = 0.0,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,16 @@ import torch
 from torch import Tensor
 
 from sdeflow import solvers
+from sdeflow.checked import described
 from sdeflow.noise import Noise
 from sdeflow.plan import Plan
 from sdeflow.plan_run import PlanRun
 from sdeflow.reverse import ReverseSDE
 from sdeflow.solvers.base import LinearSolver
+from sdeflow.solvers.gaussian_split import GaussianSplit
+
+Planned = LinearSolver | GaussianSplit
+"""A solver with plans."""
 
 
 class Given:
@@ -101,27 +108,42 @@ def check_starts(plan: Plan, noise_of: str = "the plan") -> None:
 # ---- solvers and plans as text
 
 
-def solver_of(text: str) -> LinearSolver:
+def solver_of(text: str) -> Planned:
     """The solver that a constructor call such as `UniPC(2, variant="bh1")` makes; nothing else is evaluated.
 
     Raises:
         ValueError: not a call of a constructor of `sf.solvers` with plain values, or not a solver that has plans.
     """
-    wrong = f"expected a solver such as 'DPMSolverPP(2)', with plain values as arguments, got {text!r}"
     try:
         solver = _made(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{wrong}: {error}") from error
-    if not isinstance(solver, LinearSolver):
+        wrong = "expected a solver such as 'DPMSolverPP(2)', with plain values as arguments, got"
+        raise ValueError(f"{wrong} {_short(text)}: {error}") from error
+    return _with_plans(solver, _short(text))
+
+
+def _with_plans(solver: Any, name: str) -> Planned:
+    """The solver, if it has plans; `name` is that in errors."""
+    if not isinstance(solver, Planned):
         raise ValueError(
-            f"{text!r} has no plan, as its coefficients are not known before it runs: expected a linear method on a "
+            f"{name} has no plan, as its coefficients are not known before it runs: expected a linear method on a "
             "fixed grid, such as 'DPMSolverPP(2)'"
+        )
+    if isinstance(solver, GaussianSplit) and torch.as_tensor(solver.variance).ndim > 0:
+        raise ValueError(
+            f"{name} has no plan, which has one coefficient for all components: expected a variance that is one number"
         )
     return solver
 
 
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= 200 else f"{text[:100]!r}..."
+
+
 def _made(node: ast.expr) -> Any:
-    """The value of a literal or of a call of a public name of `sf.solvers`."""
+    """The value of a literal, of `inf`, or of a call of a public name of `sf.solvers`."""
+    if isinstance(node, ast.Name) and node.id == "inf":  # as Python writes the number, which is no literal
+        return math.inf
     if isinstance(node, ast.Name):
         node = ast.Call(node, [], [])
     if not isinstance(node, ast.Call):
@@ -134,25 +156,48 @@ def _made(node: ast.expr) -> Any:
     return make(*map(_made, node.args), **{str(keyword.arg): _made(keyword.value) for keyword in node.keywords})
 
 
-def text_of(solver: LinearSolver | str) -> str:
+def text_of(solver: Planned | str) -> str:
     """A text of which `solver_of` makes that solver.
 
     Raises:
-        ValueError: it holds what no text can, such as a function.
+        ValueError: it has no plans, or holds what no text can, such as a function or more than 10000 numbers.
+        TypeError: neither a solver nor text.
     """
-    text = solver if isinstance(solver, str) else repr(solver)
-    if not isinstance(solver, str):
-        try:
-            same = solver_of(text) == solver
-        except ValueError:
-            same = False
-        if not same:
-            raise ValueError(
-                f"{solver!r} cannot be written down: pass its constructor as text, or its plan by from_plan"
-            )
-    else:
-        solver_of(text)
+    if isinstance(solver, str):
+        solver_of(solver)
+        return solver
+    if not isinstance(solver, solvers.Solver):
+        raise TypeError(f"expected a solver, or its constructor as text, got {described(solver)}")
+    plain = _in_lists(_with_plans(solver, described(solver)))
+    text = repr(plain)
+    try:
+        made = solver_of(text)
+    except ValueError:
+        made = None
+    by_value = type(plain).__eq__ is not object.__eq__
+    if not (made == plain if by_value else type(made) is type(plain) and repr(made) == text):
+        raise ValueError(
+            f"{described(solver)} cannot be written down: pass its constructor as text, or its plan by from_plan"
+        )
     return text
+
+
+def _in_lists(solver: Planned) -> Planned:
+    """The solver with lists in the place of tensors."""
+    fields = dataclasses.fields(solver) if dataclasses.is_dataclass(solver) else ()
+    tensors = {f.name: v for f in fields if f.init and isinstance(v := getattr(solver, f.name), Tensor)}
+    for name, value in tensors.items():
+        if value.numel() > _MOST_NUMBERS:
+            raise ValueError(
+                f"{solver.name}: expected a {name} of at most {_MOST_NUMBERS} numbers, which are written into the "
+                f"configuration, got {value.numel()}: pass its plan by from_plan"
+            )
+    if not tensors:
+        return solver
+    return dataclasses.replace(solver, **{name: value.tolist() for name, value in tensors.items()})  # type: ignore[type-var]
+
+
+_MOST_NUMBERS = 10_000
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
@@ -171,7 +216,7 @@ def plan_of(record: dict[str, Any]) -> Plan:
         return Plan.load(path)
 
 
-def rest_of(solver: LinearSolver, problem: ReverseSDE, grid: Tensor, begin: int, plan: Plan) -> Plan:
+def rest_of(solver: Planned, problem: ReverseSDE, grid: Tensor, begin: int, plan: Plan) -> Plan:
     """The plan of the rest of a grid, from the step that row `begin` of `plan` starts.
 
     Raises:
