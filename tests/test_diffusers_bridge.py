@@ -42,6 +42,7 @@ from sdeflow.integrations.diffusers_config import betas_of, process_of, read_con
 from sdeflow.integrations.diffusers_grids import diffusers_grid
 from sdeflow.integrations.diffusers_scheduler import PlanScheduler
 from sdeflow.integrations.plan_rows import solver_of, text_of
+from sdeflow.integrations.seed_rows import SeedRows
 
 pytestmark = [
     # what diffusers itself warns of with numpy 2
@@ -253,8 +254,57 @@ def test_the_generator_of_a_pipeline_seeds_the_noise(net):
     one = [pipeline(2, torch.Generator().manual_seed(seed), 5, output_type="pt").images for seed in (3, 3, 4)]
     assert torch.equal(one[0], one[1])
     assert not torch.equal(one[0], one[2])
-    with pytest.raises(ValueError, match="expected one generator, got 2"):
-        pipeline(2, [torch.Generator().manual_seed(i) for i in range(2)], 5)
+
+
+def test_each_image_has_the_noise_of_its_own_generator(net):
+    """In a list of one a sample; a noisy method, through the pipeline that passes its generators to `step`."""
+    scheduler = PlanScheduler.from_scheduler(DDPMScheduler(**TABLE), "DDPM()")
+    pipeline = DDIMPipeline(net, DDIMScheduler(**TABLE))
+    pipeline.scheduler = scheduler
+    pipeline.set_progress_bar_config(disable=True)
+
+    def images(*seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipeline(len(seeds), generators, num_inference_steps=4, output_type="np").images
+
+    batch = images(5, 6, 7)
+    for i, seed in enumerate((5, 6, 7)):
+        assert abs(images(seed) - batch[i]).max() < SAME
+    assert abs(images(5, 8, 7)[1] - batch[1]).max() > 1e-2
+    # exactly, where the network says the same of a sample in any batch
+    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def ends(x, generators):
+        scheduler.set_timesteps(4)
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.tanh(x), t, x, generator=generators).prev_sample
+        return x
+
+    own = [torch.Generator().manual_seed(seed) for seed in (5, 6, 5)]
+    together = ends(x, own)
+    for i, generator in enumerate(own):
+        assert torch.equal(together[i : i + 1], ends(x[i : i + 1], generator))
+    assert not torch.equal(together, ends(x, own[0]))  # rows 1 and 2 of one seed are other samples
+    assert torch.equal(ends(x, own[:1]), ends(x, own[0]))
+    with pytest.raises(ValueError, match="expected one generator, or one a sample, 3, got 2"):
+        ends(x, own[:2])
+
+
+def test_rows_of_seeds_are_the_noise_of_batches_of_one():
+    seeds = [3, -1, 3, 2**63]
+    rows, alone = SeedRows(seeds), [sf.Noise(seed, 1) for seed in seeds]
+    times = torch.linspace(1, 0, 6, dtype=torch.float64)
+
+    def drawn(noise):
+        walk = noise.walk(times, (2,), torch.float32)
+        return torch.cat([noise.normal(2, 7, (2,), torch.float32), *(walk(k).w for k in range(5))], 1)
+
+    assert torch.equal(drawn(rows), torch.cat([drawn(one) for one in alone]))
+    for some in (torch.tensor([3, 1]), torch.tensor([False, True, True, False])):
+        kept = torch.arange(4)[some].tolist()
+        assert torch.equal(drawn(rows.take(some)), torch.cat([drawn(alone[i]) for i in kept]))
+        assert torch.equal(SeedRows(seeds).take(some).index, torch.zeros(2, dtype=torch.int64))
+    assert torch.equal(drawn(rows.other(2)), torch.cat([drawn(one.other(2)) for one in alone]))
 
 
 def test_ddim_pipeline_takes_it_as_an_attribute(net):

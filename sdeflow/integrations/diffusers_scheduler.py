@@ -34,6 +34,7 @@ from sdeflow.integrations.plan_rows import (
     solver_of,
     text_of,
 )
+from sdeflow.integrations.seed_rows import SeedRows
 from sdeflow.model import row_of
 from sdeflow.noise import Noise, fresh_seed
 from sdeflow.plan import Plan
@@ -68,7 +69,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # their
             or times from start to end.
         eta: stochasticity of the reversal that the solver integrates.
         seed: of the noise, which belongs to the sample: row i of a batch has its own. A `generator` given to `step`
-            replaces it by its `initial_seed()`; with neither, one is drawn from torch's generator.
+            replaces it by its `initial_seed()`, a list of one a sample by theirs; with neither, one is drawn from
+            torch's generator.
         plan: instead of solver, grid and eta: a plan as `Plan.save` writes it.
         source: the class of the scheduler whose entries the others are.
 
@@ -299,7 +301,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # their
             sample: what the last `step` returned, or what the caller made of it.
             eta, use_clipped_model_output: arguments of DDIM's `step` that its pipelines pass; nothing but their
                 defaults, as stochasticity belongs to the plan and clipping follows the configuration.
-            generator: the seed of the noise is its `initial_seed()`, read at the first step.
+            generator: the seed of the noise is its `initial_seed()`, read at the first step. Of a list of one a sample
+                each gives its sample the noise that it has alone, in a batch of one with that generator.
 
         Raises:
             ValueError: a timestep out of turn, a shape that changes, or arguments that the plan does not have.
@@ -401,20 +404,18 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # their
             plan = rest_of(self._solver, self._problem, plan.grid, begin, plan)
         noise = None
         if plan.draws_noise(self._problem):
-            noise = Noise(self._seed(generator), sample.shape[0], device=sample.device)
+            noise = self._noise(generator, sample)
         self._run = RowRun(plan, self._problem, sample, noise, self._given)
         self._at = self._offset = begin
 
-    def _seed(self, generator: Any) -> int:
-        if isinstance(generator, (list, tuple)):
-            if len(generator) != 1:
-                raise ValueError(
-                    f"expected one generator, got {len(generator)}: every sample of a batch has its own noise already"
-                )
-            generator = generator[0]
-        if generator is not None:
-            return int(generator.initial_seed())
-        return fresh_seed() if self._own_seed is None else int(self._own_seed)
+    def _noise(self, generator: Any, sample: Tensor) -> Noise:
+        batch, device = sample.shape[0], sample.device
+        if generator is None:
+            return Noise(fresh_seed() if self._own_seed is None else int(self._own_seed), batch, device=device)
+        seeds = [int(g.initial_seed()) for g in (generator if isinstance(generator, (list, tuple)) else [generator])]
+        if len(seeds) not in (1, batch):
+            raise ValueError(f"expected one generator, or one a sample, {batch}, got {len(seeds)}")
+        return Noise(seeds[0], batch, device=device) if len(seeds) == 1 else SeedRows(seeds, device)
 
     def _is(self, timestep: Any, k: int) -> bool:
         told = float(self._told[k])
