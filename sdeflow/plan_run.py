@@ -111,7 +111,7 @@ def _rows(plan: Plan, problem: Problem, x: Tensor, work: torch.dtype, kept: dict
         return _folded_rows(plan, evaluate) if isinstance(evaluate, RowEvaluator) else _single_rows(plan, evaluate)
     if torch.is_grad_enabled():
         return _kept_rows(plan, evaluate, kept)
-    return _fused_rows(plan, evaluate, x)
+    return _fused_rows(plan, evaluate, x, kept)
 
 
 def _widened(evaluate: Evaluator, dtype: torch.dtype, work: torch.dtype) -> Evaluator:
@@ -165,12 +165,16 @@ def _kept_rows(plan: Plan, evaluate: Evaluator, kept: dict[int, Tensor]) -> Row:
     return row
 
 
-def _fused_rows(plan: Plan, evaluate: Evaluator, x: Tensor) -> Row:
-    """Rows over a history in one block of memory: one product of a matrix and a vector forms the combination."""
+def _fused_rows(plan: Plan, evaluate: Evaluator, x: Tensor, kept: dict[int, Tensor]) -> Row:
+    """Rows over a history in one block of memory: one product of a matrix and a vector forms the combination.
+
+    `kept` gets the places of the history in that block.
+    """
     slots, by_slot = plan._storage
     store = torch.zeros(by_slot.shape[1], x.numel(), dtype=x.dtype, device=x.device)
     columns, weights = store.T, by_slot.to(dtype=x.dtype, device=x.device).unbind()
     places, ratio, shape = [part.view(x.shape) for part in store.unbind()], plan.ratio.tolist(), x.shape
+    kept.update(enumerate(places))
     enter = _into_places(evaluate, places)
 
     def row(k: int, base: Tensor, y: Tensor) -> Tensor:

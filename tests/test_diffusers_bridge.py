@@ -7,9 +7,11 @@ of 10 to 100. Where two methods coincide they agree to `SAME`; diffusers' tables
 from __future__ import annotations
 
 import ast
+import copy
 import itertools
 import json
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -656,6 +658,56 @@ def test_solvers_are_given_as_such(solver, x):
             for t in one.timesteps:
                 state = one.step(torch.tanh(state), t, state).prev_sample
         assert torch.equal(state, direct)
+
+
+RUNS = ["DDIM()", "DDIM(eta=1.0)", "UniPC(3)", "Heun()", "EDMHeun(s_churn=5.0)", "SASolver()", "GaussianSplit(2)"]
+
+
+def halves(ours, net, x, generator=None):
+    """(a state in mid-run, a function that ends the run of a scheduler from it)."""
+    ours.set_timesteps(4)
+    for t in ours.timesteps[:3]:  # there is a history, and a step of two calls is halfway
+        x = ours.step(net(x), t, x, generator=generator).prev_sample
+
+    def end(scheduler, state):
+        for t in scheduler.timesteps[scheduler.step_index :]:
+            state = scheduler.step(net(state), t, state).prev_sample
+        return state
+
+    return x, end
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("solver", RUNS)
+def test_a_copy_in_mid_run_goes_on_by_itself(solver, dtype, copied, x):
+    scheduler = DDPMScheduler(**TABLE, prediction_type="v_prediction")
+    ours = PlanScheduler.from_scheduler(scheduler, solver, grid="trailing", seed=3)
+    with torch.no_grad():
+        state, end = halves(ours, lambda x: torch.sin(2 * x), x.to(dtype))
+    other = copied(ours)
+    with torch.no_grad():
+        assert torch.equal(end(ours, state), end(other, state))
+        assert torch.equal(end(other, x.to(dtype)), end(ours, x.to(dtype)))  # another run
+
+
+def test_copies_of_runs_with_a_generator_a_sample_in_inference_and_of_a_flow(x):
+    scheduler = DDIMScheduler(**TABLE, thresholding=True, prediction_type="v_prediction", timestep_spacing="trailing")
+    ours = PlanScheduler.from_scheduler(scheduler, "DDPM()")
+    generators = [torch.Generator().manual_seed(i) for i in (5, 6)]
+    with torch.inference_mode():
+        state, end = halves(ours, torch.sin, x, generators)
+        other = copy.deepcopy(ours)
+        assert torch.equal(end(ours, state), end(other, state))
+    flow = PlanScheduler.from_scheduler(FlowMatchEulerDiscreteScheduler(), "AdamsBashforth(2)")
+    state, end = halves(flow, torch.sin, x)  # with gradients: other operations than without
+    with torch.no_grad():
+        other = pickle.loads(pickle.dumps(flow))
+        assert torch.equal(end(flow, state), end(other, state))
+    halves(flow, torch.sin, x.requires_grad_())
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(ValueError, match=r"whose gradients are recorded.*run it in torch.no_grad"):
+            copied(flow)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -256,17 +257,20 @@ def clipping_of(config: Config) -> Callable[[Tensor], Tensor] | None:
     """
     if config.get("thresholding"):
         quantile, top = config.get("dynamic_thresholding_ratio", 0.995), config.get("sample_max_value", 1.0)
-
-        def threshold(x0: Tensor) -> Tensor:
-            size = x0.abs().reshape(len(x0), -1).double().sort(dim=1).values
-            place = quantile * (size.shape[1] - 1)
-            low, high = math.floor(place), math.ceil(place)
-            bound = torch.lerp(size[:, low], size[:, high], place - low).clamp(min=1.0).clamp(max=top)
-            bound = bound.to(x0.dtype).reshape(-1, *[1] * (x0.ndim - 1))
-            return torch.clamp(x0, -bound, bound) / bound
-
-        return threshold
+        return partial(_thresholded, quantile=quantile, top=top)
     if config.get("clip_sample"):
-        reach = config.get("clip_sample_range", 1.0)
-        return lambda x0: x0.clamp(-reach, reach)
+        return partial(_clamped, reach=config.get("clip_sample_range", 1.0))
     return None
+
+
+def _thresholded(x0: Tensor, quantile: float, top: float) -> Tensor:
+    size = x0.abs().reshape(len(x0), -1).double().sort(dim=1).values
+    place = quantile * (size.shape[1] - 1)
+    low, high = math.floor(place), math.ceil(place)
+    bound = torch.lerp(size[:, low], size[:, high], place - low).clamp(min=1.0).clamp(max=top)
+    bound = bound.to(x0.dtype).reshape(-1, *[1] * (x0.ndim - 1))
+    return torch.clamp(x0, -bound, bound) / bound
+
+
+def _clamped(x0: Tensor, reach: float) -> Tensor:
+    return x0.clamp(-reach, reach)

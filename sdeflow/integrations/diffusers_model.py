@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,7 +149,7 @@ def told_of(config: dict[str, Any], process: GaussianSDE) -> TimeInput:
     """What the network is told about a time t: the table's index, or N t of a flow."""
     if kind_of(config) == "flow":
         size = float(needed(config, "num_train_timesteps"))
-        return lambda t: size * t
+        return partial(operator.mul, size)
     if config.get("timestep_type", "discrete") != "discrete":
         raise ValueError(
             f'timestep_type={config["timestep_type"]!r} tells the network no index: expected "discrete", or '

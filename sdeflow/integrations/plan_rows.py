@@ -41,6 +41,8 @@ class RowRun(PlanRun):
 
     The states are those of a solve by the plan, to the bit, where the caller gives back what he got. Noise that a step
     begins with ("churn") is added to what the row before returns, so that the model is called where the step starts.
+    A deep copy, or what a pickle makes, goes on from where this run is, on its own; ValueError where the states have
+    gradients, which would end there.
 
     Args:
         given: the network of `problem`'s model, which `row` fills.
@@ -49,23 +51,25 @@ class RowRun(PlanRun):
 
     def __init__(self, plan: Plan, problem: ReverseSDE, x: Tensor, noise: Noise | None, given: Given) -> None:
         super().__init__(plan, problem, x, noise)
-        self._plan, self._given = plan, given
+        self._plan, self._problem, self._noise, self._given = plan, problem, noise, given
+        self._like = x.new_zeros(()).expand(x.shape)  # shape, dtype and device, in no memory
+        self._recorded = torch.is_grad_enabled()
         self._first, self._last = [rows[0] for rows in plan._rows], [rows[-1] for rows in plan._rows]
         self._steps = plan.step_of_row.tolist()
         self._base = self._start = x
-        self._version = 0
+        self._version: int | None = 0
         self.shape = x.shape
         self._x0 = _x0_evaluator(problem, plan)
 
     def row(self, k: int, output: Any, sample: Tensor) -> Tensor:
         """What follows row k from the model's output at `sample`: where row k + 1 calls it, or the end."""
         self._given.output, i = output, self._steps[k]
-        kept = sample is self._returned and _version(sample) == self._version  # else somebody changed it
-        y = self._reached if kept else sample.to(self._work)
+        y = self._reached if self._unchanged(sample) else sample.to(self._work)
         if k == self._first[i]:
             self._base, self._start = y, sample
         self.calls += 1
         y = self._row(k, self._base, y)
+        self._given.output = None
         if self._shift is not None:
             y = torch.add(y, self._shift, alpha=self._shift_weight[k])
         if self._noisy is not None and self._noisy[k]:
@@ -81,7 +85,47 @@ class RowRun(PlanRun):
     def x0(self, k: int, output: Any, sample: Tensor) -> Tensor | None:
         """x_0 as that output predicts it; None where the prediction does not say (noise, at alpha = 0)."""
         self._given.output = output
-        return None if self._x0 is None else self._x0(k, sample)
+        value = None if self._x0 is None else self._x0(k, sample)
+        self._given.output = None
+        return value
+
+    def _unchanged(self, sample: Tensor) -> bool:
+        """Whether `sample` is what the last row returned; else somebody changed it."""
+        last = self._returned
+        if self._version is None:  # a copy's caller may have the tensor that the original returned
+            return (sample.dtype, sample.device) == (last.dtype, last.device) and torch.equal(sample, last)
+        return sample is last and _version(sample) == self._version
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # rows and draws are functions of these parts, and are made again; the rest is where the run is
+        if any(e.requires_grad for e in (self._base, self._reached, *self._kept.values())):
+            raise ValueError(
+                "a run whose gradients are recorded cannot be copied or pickled: run it in torch.no_grad()"
+            )
+        parts = (self._plan, self._problem, self._like, self._noise, self._given, self._recorded)
+        kept = {slot: e.clone() for slot, e in self._kept.items()}  # not the whole block that they are views of
+        return _made_again, parts, {"kept": kept, **{name: getattr(self, name) for name in _PLACE}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for slot, e in state["kept"].items():
+            if slot in self._kept:  # a place in the memory of `_fused_rows`
+                self._kept[slot].copy_(e)
+            else:
+                self._kept[slot] = e
+        for name in _PLACE:
+            setattr(self, name, state[name])
+        self._version = None
+
+
+_PLACE = ("calls", "_base", "_start", "_reached", "_returned")
+"""What tells where a run is, besides its history."""
+
+
+def _made_again(
+    plan: Plan, problem: ReverseSDE, like: Tensor, noise: Noise | None, given: Given, recorded: bool
+) -> RowRun:
+    with torch.set_grad_enabled(recorded):  # which decides how rows are combined, to the last bit
+        return RowRun(plan, problem, like, noise, given)
 
 
 def _version(x: Tensor) -> int:
