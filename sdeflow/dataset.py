@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,8 @@ import torch
 from torch import Tensor
 
 from sdeflow.checkpoints import write_atomically
-from sdeflow.columns import MODULUS, as_bytes, packed, unpacked
+from sdeflow.columns import MODULUS, packed, unpacked
+from sdeflow.identity import same
 
 MANIFEST = "manifest.jsonl"
 SHARDS = "shards"
@@ -183,6 +183,7 @@ class Dataset:
     def merge_into(self, file: str, kind: str) -> Path:
         """All shards as one file, which takes their place."""
         path = self.folder / file
+        self._scan()
         shards = self.shards
         if [shard.file for shard in shards] == [file]:
             return path
@@ -198,7 +199,10 @@ class Dataset:
 
     def columns(self, shard: Shard) -> dict[str, Tensor]:
         """The columns of one shard."""
-        return unpacked(self.folder / shard.file)
+        columns = unpacked(self.folder / shard.file)
+        if any(len(rows) != shard.count for rows in columns.values()):
+            raise ValueError(f"{self.folder / shard.file}: expected {shard.count} rows")
+        return columns
 
     # ---- what is held
 
@@ -224,12 +228,9 @@ class Dataset:
                     break
                 try:
                     shard = _shard(line)
-                    int(shard.content, 16)
+                    self._check(shard)
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"{self._manifest}: not the manifest of a run ({error})") from error
-                place = Path(shard.file)
-                if shard.file not in (place.name, f"{SHARDS}/{place.name}") or shard.count < 1:
-                    raise ValueError(f"{self._manifest}: not the manifest of a run (a shard {shard.file!r})")
                 spans.append((shard.first, shard.end))
                 self.failed += shard.failed
                 self._content += int(shard.content, 16)
@@ -242,6 +243,16 @@ class Dataset:
             else:
                 self.ranges.append((first, end))
         return torn
+
+    def _check(self, shard: Shard) -> None:
+        """Refuse a line that no run wrote: a file is named after its range, unless it holds all samples."""
+        numbers = (shard.first, shard.count, shard.size, shard.failed)
+        if not all(type(n) is int and n >= 0 for n in numbers) or shard.count < 1 or len(shard.content) != 64:
+            raise ValueError(f"a line {shard}")
+        int(shard.content, 16)
+        whole = (shard.first, shard.end) == (0, self.num) and "/" not in shard.file and not shard.file.startswith(".")
+        if not whole and shard.file != _file(shard.first, shard.count, shard.file.rpartition(".")[2]):
+            raise ValueError(f"a shard {shard.file!r} of [{shard.first}, {shard.end})")
 
     def _first_line(self, more: Mapping[str, Any]) -> bytes:
         return (json.dumps({"about": self.about, **more}) + "\n").encode()
@@ -288,23 +299,17 @@ def gaps(done: Iterable[tuple[int, int]], num: int, block: int, size: int) -> It
 
 def described(first: int, count: int, data: bytes, content: str, failed: int, kind: str) -> Shard:
     """The shard of a range whose file is `data`."""
-    name = f"{SHARDS}/{first:012d}-{first + count:012d}.{kind}"
-    return Shard(first, count, name, len(data), _sha256(data), content, failed)
+    return Shard(first, count, _file(first, count, kind), len(data), _sha256(data), content, failed)
+
+
+def _file(first: int, count: int, kind: str) -> str:
+    return f"{SHARDS}/{first:012d}-{first + count:012d}.{kind}"
 
 
 def place(folder: Path, shard: Shard, data: bytes) -> None:
     """Write the file of a shard; it is not yet in the manifest."""
     (folder / SHARDS).mkdir(parents=True, exist_ok=True)
     write_atomically(folder / shard.file, data)
-
-
-def said(value: Any) -> Any:
-    """A value as JSON, the same in every process: what prints as an address, by its name."""
-    if isinstance(value, (bool, int, float, str)) or value is None:
-        return value
-    if isinstance(value, Tensor):
-        return [str(value.dtype), list(value.shape), hashlib.sha256(as_bytes(value)).hexdigest()[:16]]
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def _sha256(data: bytes) -> str:
@@ -349,6 +354,6 @@ def _head(path: Path) -> dict[str, Any]:
 
 
 def _same_run(folder: Path, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    if known != wanted:
-        differs = sorted(name for name in {*wanted, *known} if known.get(name) != wanted.get(name))
+    differs = sorted(name for name in {*wanted, *known} if not same(known.get(name), wanted.get(name)))
+    if differs:
         raise ValueError(f"{folder} holds another run, with another {', '.join(differs)}: give another folder")

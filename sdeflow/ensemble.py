@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdeflow.checked import checked, described, tensor
 from sdeflow.columns import FORMATS, Format
-from sdeflow.dataset import Dataset, said
+from sdeflow.dataset import Dataset
 from sdeflow.engine.base import Engine
+from sdeflow.identity import POINTS, of_problem, said
 from sdeflow.reverse import ReverseSDE
 from sdeflow.sde import Problem
-from sdeflow.shard_run import MOST_SAMPLES, run_shards
+from sdeflow.shard_run import MOST_SAMPLES, own_folder, run_shards
 from sdeflow.solution import Solution
 from sdeflow.solve import solve
 from sdeflow.solve_input import Grid, Save
 from sdeflow.solvers.base import Solver
 from sdeflow.statistics.base import Functional, Statistic
-from sdeflow.tuning.fit import fingerprint
 
 Start = Tensor | Callable[[Tensor], Tensor]
 """One state (*event) that all paths start from, or `start(index)`: states (n, *event) of indices int64 (n,)."""
@@ -164,12 +165,14 @@ def ensemble(
     solver = EulerMaruyama() if solver is None else solver
     given = {"steps": steps, "grid": grid, "rtol": rtol, "atol": atol, "t_span": t_span, "seed": seed, "save": save}
     how = {name: value for name, value in given.items() if value is not None}
-    outcome = run_shards(
-        PathWork(problem, start, solver, how), num, block=batch, about=_about(problem, start, solver, how, threads),
-        out=out, kind=kind, store=store, statistics=empty, engine=engine, shard=shard,
-        sample_bytes=_bytes(start) * (1 if save is None else max(1, _saved(save, steps))), threads=threads,
-        on_done=on_done,
-    )  # fmt: skip
+    size, about = _bytes(start), _about(problem, start, num, solver, how, threads)
+    with nullcontext() if out is None else own_folder(out) as folder:
+        outcome = run_shards(
+            PathWork(problem, start, solver, how), num, block=batch, about=about,
+            out=folder, kind=kind, store=store, statistics=empty, engine=engine, shard=shard,
+            sample_bytes=size * (1 if save is None else max(1, _saved(save, steps))), threads=threads,
+            on_done=on_done,
+        )  # fmt: skip
     return Ensemble(outcome.statistics, num, outcome.failed, outcome.nfe, outcome.dataset if store else None)
 
 
@@ -187,14 +190,12 @@ def _bytes(start: Start) -> int:
     return x.numel() * x.element_size()
 
 
-def _about(problem: Problem, start: Start, solver: Solver, how: Mapping[str, Any], threads: int) -> dict[str, Any]:
+def _about(
+    problem: Problem, start: Start, num: int, solver: Solver, how: Mapping[str, Any], threads: int
+) -> dict[str, Any]:
     """What the bits of the paths depend on, as far as it can be said of functions and classes of the user."""
-    models = [model for model in problem.models() if isinstance(model.net, nn.Module)]
-    process = getattr(problem, "process", problem)
     return {
-        "process": said(problem),
-        "parameters": {name: said(value) for name, value in sorted(vars(process).items()) if not name.startswith("_")},
-        "models": [fingerprint(model) for model in models],
+        **of_problem(problem, start[None] if isinstance(start, Tensor) else start(torch.arange(min(num, POINTS)))),
         "start": said(start),
         "solver": said(solver),
         "options": {name: said(value) for name, value in how.items()},

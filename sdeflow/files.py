@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -24,3 +26,35 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made if it is not there, while the block runs.
+
+    By a lock of the operating system on the folder itself: it ends with the process, however that ends, and leaves no
+    file. Where there are no such locks (Windows, some network file systems) nothing is kept out.
+
+    Raises:
+        ValueError: another run is at work there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder}: another run is at work there; wait for its end, or give another folder"
+            ) from None
+        except OSError:  # no locks there
+            pass
+        yield
+    finally:
+        os.close(handle)

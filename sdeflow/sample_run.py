@@ -7,9 +7,7 @@ they are, and for images a picture of the first ones.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -21,16 +19,15 @@ from torch import Tensor, nn
 
 from sdeflow.checked import checked, described
 from sdeflow.checkpoints import write_atomically
-from sdeflow.columns import FORMATS, Format, as_bytes
-from sdeflow.dataset import Dataset, said
+from sdeflow.columns import FORMATS, Format
+from sdeflow.dataset import MANIFEST, Dataset
 from sdeflow.engine.base import Engine
+from sdeflow.identity import POINTS, of_model, said
 from sdeflow.model import Model
-from sdeflow.plan import Plan
 from sdeflow.sampling import sample
-from sdeflow.shard_run import MOST_SAMPLES, run_shards
+from sdeflow.shard_run import MOST_SAMPLES, own_folder, run_shards
 from sdeflow.solution import Solution
 from sdeflow.solvers.base import Solver
-from sdeflow.tuning.fit import fingerprint
 
 _SHOWN = 100
 
@@ -112,25 +109,19 @@ def sample_to(
         raise ValueError(f"expected int64 labels ({num},), got {labels.dtype} of shape {tuple(labels.shape)}")
     if not isinstance(how.get("dtype"), torch.dtype | None):
         raise TypeError(f"expected dtype as a torch.dtype or None, got {described(how['dtype'])}")
-    folder = Path(out)
-    begun = folder.exists()
     about = _about(model, shape, solver, seed, labels, threads, how)
     width = {torch.float64: 8, torch.float16: 2, torch.bfloat16: 2}.get(how.get("dtype") or torch.float32, 4)
-    try:
+    with own_folder(out) as folder:
         outcome = run_shards(
             SampleWork(model, tuple(shape), solver, seed, labels, how), num, block=chunk, about=about, out=folder,
             kind=kind, engine=engine, shard=shard, sample_bytes=width * max(1, torch.Size(shape).numel()),
             model_bytes=_size(model), threads=threads, on_done=on_chunk,
         )  # fmt: skip
-    except (TypeError, ValueError):
-        if not begun and not any((folder / "shards").glob("*")):  # refused before the first step: leave nothing behind
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    dataset = outcome.dataset
-    assert dataset is not None
-    final = dataset.merge_into(f"samples.{kind}", kind) if merge else folder / "manifest.jsonl"
-    if len(shape) == 3 and shape[0] in (1, 3) and kind != "parquet" and not (folder / "samples.png").exists():
-        write_atomically(folder / "samples.png", picture(_first(dataset)))
+        dataset = outcome.dataset
+        assert dataset is not None
+        final = dataset.merge_into(f"samples.{kind}", kind) if merge else folder / MANIFEST
+        if len(shape) == 3 and shape[0] in (1, 3) and kind != "parquet" and not (folder / "samples.png").exists():
+            write_atomically(folder / "samples.png", picture(_first(dataset)))
     return final
 
 
@@ -154,27 +145,17 @@ def _about(
     how: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """All that the bits of the samples depend on, but for their number and the chunk."""
-    numbers = [solver.grid, solver.ratio, solver.weights] if isinstance(solver, Plan) else []
+    asked = model if labels is None else model.bind(label=labels[torch.arange(POINTS) % len(labels)])
     return {
-        "model": fingerprint(model),
-        "process": repr(model.sde),
-        "prediction": model.prediction,
+        **of_model(asked, shape, dtype=how.get("dtype"), device=how.get("device")),
         "solver": said(solver),
-        "plan": _hash(*numbers) if numbers else None,
-        "labels": None if labels is None else _hash(labels),
+        "labels": said(labels),
         "options": {name: said(value) for name, value in sorted(how.items()) if value is not None},
         "shape": list(shape),
         "seed": seed,
         "threads": threads,
         "versions": {name: version(name) for name in ("sdeflow", "torch")},
     }
-
-
-def _hash(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for value in tensors:
-        digest.update(as_bytes(value))
-    return digest.hexdigest()[:16]
 
 
 def picture(images: Tensor, *, columns: int = 10) -> bytes:

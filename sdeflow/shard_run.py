@@ -7,10 +7,12 @@ rounds by the shape of its batch) and on nothing else, so that shards, workers, 
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ from torch import Tensor
 
 from sdeflow.checkpoints import write_atomically
 from sdeflow.columns import content_of, packed
-from sdeflow.dataset import MANIFEST, Dataset, Shard, described, gaps, joined, place
+from sdeflow.dataset import MANIFEST, SHARDS, Dataset, Shard, described, gaps, joined, place
 from sdeflow.engine.base import Engine
 from sdeflow.engine.local import Local
+from sdeflow.files import alone_in
+from sdeflow.identity import said
 from sdeflow.solution import Solution
 from sdeflow.statistics.base import Statistic
 
@@ -38,6 +42,7 @@ _RUNTIME_BYTES = 512 << 20
 """What a process with torch takes before it does anything."""
 _SAVE_SECONDS = 5.0
 _STATISTICS = "statistics.safetensors"
+_CONTENT = "content"
 
 
 @dataclass
@@ -164,7 +169,7 @@ def run_shards(
         block: samples a batch.
         about: what the run is; the same for two runs exactly if their samples are to have the same bits.
         out: the folder, resumed if it holds this run; None keeps nothing between calls.
-        kind: of the shards' files.
+        kind: of the shards' files; a part of what the run is.
         store: keep the samples in `out`.
         statistics: filled with the samples that finish.
         engine: in this process unless given.
@@ -181,7 +186,8 @@ def run_shards(
     done: list[tuple[int, int]] = []
     failed = 0
     if folder is not None:
-        dataset = Dataset(folder, {"num": num, "block": block, **about, "stored": store, "statistics": sorted(empty)})
+        made = {"kind": kind if store else None, "statistics": {name: said(empty[name]) for name in sorted(empty)}}
+        dataset = Dataset(folder, {"num": num, "block": block, **about, **made})
         dataset.drop_damaged()
         if empty:
             done, failed = _resume(folder / _STATISTICS, filled)
@@ -189,6 +195,7 @@ def run_shards(
         if store:
             failed = dataset.failed
     have = list(dataset.ranges) if dataset is not None and store else done
+    taken = list(done) if empty else have
     size = shard_size(num, block, engine.workers, sample_bytes) if shard is None else max(block, shard)
     head = ""
     if dataset is not None:
@@ -201,15 +208,19 @@ def run_shards(
         on_done(finished)
     memory = _RUNTIME_BYTES + 2 * model_bytes + 3 * min(size, num) * sample_bytes
     saved = time.monotonic()
+    # samples that the statistics hold and whose file is gone are computed for the file alone
+    outside = [(first, first + count) for first, count in gaps(taken, num, 1, num)]
+    lost = list(gaps([*have, *outside], num, block, size))
     try:
-        for (first, count), delivery in engine.map(work, gaps(have, num, block, size), memory=memory):
+        for (first, count), delivery in engine.map(work, chain(lost, gaps(taken, num, block, size)), memory=memory):
             if dataset is not None and delivery.shard is not None:
                 if delivery.data is not None:
                     place(dataset.folder, delivery.shard, delivery.data)
                 dataset.add(delivery.shard)
-            for name, statistic in filled.items():
-                statistic.merge(delivery.statistics[name])
-            done = joined(done, first, first + count)
+            if (first, count) not in lost:
+                for name, statistic in filled.items():
+                    statistic.merge(delivery.statistics[name])
+                done = joined(done, first, first + count)
             finished, nfe, failed = finished + count, nfe + delivery.nfe, failed + delivery.failed
             if folder is not None and empty and time.monotonic() - saved > _SAVE_SECONDS:
                 _save(folder / _STATISTICS, filled, done, failed)
@@ -224,6 +235,25 @@ def run_shards(
     computed = finished - before
     mean = nfe / computed if computed else math.nan
     return Outcome(dataset, filled, num, computed, failed, mean)
+
+
+@contextmanager
+def own_folder(out: str | Path) -> Iterator[Path]:
+    """A folder for one run at a time; one that was made for a run that ends before its first shard is gone again.
+
+    Raises:
+        ValueError: another run is at work there.
+    """
+    folder = Path(out)
+    existed = folder.exists()
+    with alone_in(folder):
+        existed = existed or (folder / MANIFEST).exists()  # made by another run, meanwhile
+        try:
+            yield folder
+        except Exception:
+            if not existed and not any((folder / SHARDS).glob("*")):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def shard_size(num: int, block: int, workers: int, sample_bytes: int) -> int:
@@ -244,13 +274,22 @@ def _save(path: Path, filled: Mapping[str, Statistic], done: list[tuple[int, int
     held = {"ranges": torch.tensor(done, dtype=torch.int64).reshape(-1, 2), "failed": torch.tensor(failed)}
     for name, statistic in filled.items():
         held |= {f"{name}/{key}": value.contiguous() for key, value in statistic.arrays().items()}
+    held[_CONTENT] = _checksum(held)
     write_atomically(path, safetensors.torch.save(held))
+
+
+def _checksum(held: Mapping[str, Tensor]) -> Tensor:
+    """SHA-256 of all but itself, uint8 (32,)."""
+    content = content_of([(0, {name: value for name, value in held.items() if name != _CONTENT})])
+    return torch.frombuffer(bytearray.fromhex(content), dtype=torch.uint8)
 
 
 def _resume(path: Path, filled: Mapping[str, Statistic]) -> tuple[list[tuple[int, int]], int]:
     """The ranges that the statistics hold already, after they have taken them; none if the file is damaged."""
     try:
         held = safetensors.torch.load(path.read_bytes())
+        if not torch.equal(held[_CONTENT], _checksum(held)):
+            raise ValueError("damaged")
         for name, statistic in filled.items():
             own = {k.removeprefix(f"{name}/"): v for k, v in held.items() if k.startswith(f"{name}/")}
             statistic.load(own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -176,21 +177,26 @@ def test_a_manifest_is_read_with_care(tmp_path):
         data.finish()
     manifest = tmp_path / "a" / "manifest.jsonl"
     head = manifest.read_text()
-    row = Shard(0, 4, "shards/x.npz", 3, "0", "0")
+    row = Shard(0, 4, "shards/000000000000-000000000004.npz", 3, "0", "0" * 64)
     data.add(row)
     with open(manifest, "a") as file:
         file.write('{"first": 4, "cou')  # broken off in the middle of a line
     again = Dataset(tmp_path / "a")
     assert again.shards == [row]
-    again.add(Shard(4, 4, "shards/y.npz", 3, "0", "0"))
+    again.add(Shard(4, 4, "shards/000000000004-000000000008.npz", 3, "0", "0" * 64))
     assert len(Dataset(tmp_path / "a").shards) == 2  # and the next line begins a line
-    for bad in (
-        '{"first": 0}', '{"first":0,"count":4,"file":"../x.npz","size":3,"sha256":"0","content":"0"}',
-        '{"first":6,"count":4,"file":"x.npz","size":3,"sha256":"0","content":"0"}', "[]", "{}", "nothing",
-    ):  # fmt: skip
+    good = dataclasses.asdict(row)
+    changed = (
+        {"file": "../x.npz"}, {"file": "x.npz"}, {"first": 6}, {"count": 3}, {"count": 0}, {"first": 0.0},
+        {"failed": "a"}, {"failed": -1}, {"content": "0"}, {"size": True}, {"more": 1},
+    )  # fmt: skip
+    for bad in ('{"first": 0}', "[]", "{}", "nothing", *(json.dumps({**good, **change}) for change in changed)):
         manifest.write_text(head + bad + "\n")
         with pytest.raises(ValueError, match="not the manifest of a run"):
             Dataset(tmp_path / "a")
+    manifest.write_text(head + 2 * (json.dumps(good) + "\n"))  # of two runs at once
+    with pytest.raises(ValueError, match="not the manifest of a run"):
+        Dataset(tmp_path / "a")
 
 
 # ---- samples

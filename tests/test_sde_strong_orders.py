@@ -13,8 +13,9 @@ import torch
 import sdeflow as sf
 from sdeflow.bridge import Increment
 from sdeflow.calculus import noise_kind
-from sdeflow.noise import NoiseSource
+from sdeflow.noise import Noise, NoiseSource
 from sdeflow.solvers import SRA1, SRA3, SRIW1, AdaptiveSDE, EulerMaruyama, LevyMilstein, Milstein, ShARK, StochasticHeun
+from sdeflow.solvers.stochastic import StochasticSolver
 from sdeflow.solvers.stochastic_rk import SRA
 from tests.exact import F64, random_mixture, slope
 from tests.sde_solver_cases import (
@@ -340,6 +341,17 @@ def test_strong_orders_for_noise_that_does_not_commute(row, sde):
     assert noise_kind(sde, torch.zeros(5, 2, dtype=F64), torch.zeros((), dtype=F64)) == "general"
     got = strong_order(row.make(), *general_case(sde))
     assert abs(got - row.strong_general) < 0.15
+
+
+def test_a_step_of_levy_milstein_is_its_run_of_one_substep():
+    problem, x, grid = Areas(), torch.linspace(-1, 1, 14, dtype=F64).reshape(7, 2), torch.linspace(0, 1, 6, dtype=F64)
+    run = StochasticSolver.stepper(LevyMilstein(substeps=1), problem, x, grid, Noise(3, 7))  # by `step`
+    y = x
+    for i in range(5):
+        y = run.step(i, y)
+    want = sf.solve(problem, x, LevyMilstein(substeps=1), grid=grid, seed=3).x
+    torch.testing.assert_close(y, want, rtol=0, atol=1e-14)
+    assert float((want - sf.solve(problem, x, LevyMilstein(substeps=4), grid=grid, seed=3).x).abs().max()) > 1e-3
 
 
 def test_controls_of_noise_that_does_not_commute():

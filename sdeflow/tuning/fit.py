@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from sdeflow import grids
 from sdeflow.checked import checked
 from sdeflow.engine.base import Engine
 from sdeflow.grids import GridFunction
+from sdeflow.identity import weights
 from sdeflow.metrics import trajectory_error
 from sdeflow.model import Model
 from sdeflow.plan import Plan
@@ -141,11 +141,7 @@ def fingerprint(model: Model) -> str | None:
     """A hash of the weights of the model's network; None if it is not a module."""
     if not isinstance(model.net, nn.Module):
         return None
-    digest = hashlib.sha256()
-    for name, value in sorted(model.net.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return weights(model.net)
 
 
 def _checked(
