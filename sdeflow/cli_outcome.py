@@ -129,9 +129,9 @@ def usage_in_one_line(context: Any = None) -> Iterator[None]:
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # not an error: it prints the help
             raise
-        path = "sdeflow" if context is None else f"sdeflow {context.invoked_subcommand}"
-        path = path if error.ctx is None else error.ctx.command_path  # none where an option has no value
-        _say(f"{path}: {' '.join(error.format_message().split()).rstrip('.')}; see {path} --help")
+        name = None if context is None else context.invoked_subcommand
+        command = "sdeflow" if name is None else f"sdeflow {name}"
+        _say(f"{command}: {' '.join(error.format_message().split()).rstrip('.')}; see {command} --help")
         raise typer.Exit(error.exit_code) from error
 
 
