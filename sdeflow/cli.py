@@ -15,7 +15,7 @@ except ImportError as error:
 
 from sdeflow.bench.cli import bench_command, report_command
 from sdeflow.cli_options import AsJson
-from sdeflow.cli_outcome import ARGUMENTS, say_json
+from sdeflow.cli_outcome import ARGUMENTS, say_json, usage_in_one_line
 from sdeflow.sample_cli import sample_command
 from sdeflow.testing.cli import check_command
 from sdeflow.train_cli import train_command
@@ -23,13 +23,18 @@ from sdeflow.tuning.cli import tune_command
 
 
 class _Group(TyperGroup):
-    """Keeps the words of the command line, to say how to go on after a break."""
+    """Keeps the words of the command line, to say how to go on after a break, and what is wrong with them in a line."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         given = list(args)
-        context = super().make_context(info_name, args, parent=parent, **extra)
+        with usage_in_one_line():
+            context = super().make_context(info_name, args, parent=parent, **extra)
         context.meta[ARGUMENTS] = given
         return context
+
+    def invoke(self, ctx: Any) -> Any:
+        with usage_in_one_line(ctx):
+            return super().invoke(ctx)
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False)

@@ -14,7 +14,8 @@ import typer
 from sdeflow.names import nearest
 
 _SEEDS = 2**63
-_THREADS = 1024
+_MOST = 1024
+"""Of threads, and of processes on one machine."""
 
 
 def _seed(value: int) -> int:
@@ -25,7 +26,7 @@ def _seed(value: int) -> int:
 
 Seed = Annotated[int, typer.Option(help="Of all that is random: the same seed gives the same result.", callback=_seed)]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
-Threads = Annotated[int, typer.Option(help="Of torch; one is best for small networks.", min=1, max=_THREADS)]
+Threads = Annotated[int, typer.Option(help="Of torch; one is best for small networks.", min=1, max=_MOST)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON; all else goes to standard error.")]
 EngineName = Annotated[
     str, typer.Option("--engine", help="Where to compute: local or ray.", autocompletion=lambda: ["local", "ray"])
@@ -34,7 +35,7 @@ Address = Annotated[
     str | None, typer.Option(help="Of a running Ray cluster, or auto; Ray on this machine alone unless given.")
 ]
 Workers = Annotated[
-    int | None, typer.Option(help="Processes: one with local, one a core with ray, unless given.", min=1)
+    int | None, typer.Option(help="Processes: one with local, one a core with ray, unless given.", min=1, max=_MOST)
 ]
 
 

@@ -20,6 +20,9 @@ import typer
 ARGUMENTS = "sdeflow.arguments"
 """Where the words of the command line are kept, in the context's `meta`."""
 
+_UsageError: Any = typer.BadParameter.__base__
+"""Of all errors in the words of a command line; Typer has no name for it, and click's only in older versions."""
+
 _GRACE = 10.0
 """Seconds after a signal in which more of them do not break off the saving that it led to."""
 
@@ -112,6 +115,24 @@ def running(
                 raise
             _say(f"sdeflow {name}: {line}")
             raise typer.Exit(1) from error
+
+
+@contextlib.contextmanager
+def usage_in_one_line(context: Any = None) -> Iterator[None]:
+    """An error in the words of the command line as one line, where the library prints usage and a box; exit status 2.
+
+    Args:
+        context: of the commands, if it is the words of one of them that are read.
+    """
+    try:
+        yield
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # not an error: it prints the help
+            raise
+        name = None if context is None else context.invoked_subcommand
+        command = "sdeflow" if name is None else f"sdeflow {name}"
+        _say(f"{command}: {' '.join(error.format_message().split()).rstrip('.')}; see {command} --help")
+        raise typer.Exit(error.exit_code) from error
 
 
 def again(context: typer.Context) -> str:

@@ -1,9 +1,9 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and not over what they are made of."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,3 +58,15 @@ def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def check_not_read(out: str | os.PathLike[str], read: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse to write over a file that the result is made of.
+
+    Raises:
+        ValueError: `out` is one of the files that are read, under whatever name.
+    """
+    there = Path(out).resolve()
+    for path in map(Path, read):
+        if path.resolve() == there or (path.exists() and there.exists() and path.samefile(there)):
+            raise ValueError(f"{out} is read, and would be written over: give another file for the result")

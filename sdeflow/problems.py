@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,20 +71,20 @@ class Distribution(ABC):
         if not isinstance(process, GaussianSDE):
             raise TypeError(f"expected a GaussianSDE, got {type(process).__name__}")
 
-        def levels(t: Tensor) -> Tensor:
-            return self._levels(process.alpha(t), process.sigma(t))
+        return Model(self._exact_v, process, "v", partial(self._levels_at, process), expand=False)
 
-        def exact_v(x: Tensor, level: Tensor) -> Tensor:
-            self._check_event(x)
-            flat, rows, batch = x.flatten(1), _rows(level), x.shape[0]
-            extra = -batch % self._block
-            if extra:
-                flat = torch.cat([flat, flat[-1:].expand(extra, -1)])
-                if rows.shape[0] > 1:
-                    rows = torch.cat([rows, rows[-1:].expand(extra, -1)])
-            return self._v(flat, rows)[:batch].reshape(x.shape)
+    def _levels_at(self, process: GaussianSDE, t: Tensor) -> Tensor:
+        return self._levels(process.alpha(t), process.sigma(t))
 
-        return Model(exact_v, process, "v", levels, expand=False)
+    def _exact_v(self, x: Tensor, level: Tensor) -> Tensor:
+        self._check_event(x)
+        flat, rows, batch = x.flatten(1), _rows(level), x.shape[0]
+        extra = -batch % self._block
+        if extra:
+            flat = torch.cat([flat, flat[-1:].expand(extra, -1)])
+            if rows.shape[0] > 1:
+                rows = torch.cat([rows, rows[-1:].expand(extra, -1)])
+        return self._v(flat, rows)[:batch].reshape(x.shape)
 
     def _check_event(self, x: Tensor) -> None:
         if tuple(x.shape[1:]) != self.event:

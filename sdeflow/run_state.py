@@ -70,7 +70,7 @@ class RunState:
     def write(
         self, step: int, history: list[dict[str, float]], losses: Sequence[Tensor] = (), norms: Sequence[Tensor] = ()
     ) -> None:
-        """Keep the state after `step`, whole or not at all.
+        """Keep the state after `step`, whole or not at all. The folder is made if it is not there.
 
         Args:
             losses, norms: of the steps since the last row of the history, for the row that they will be in.
@@ -88,6 +88,7 @@ class RunState:
             tensors["random.cuda"] = torch.cuda.get_rng_state()
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         header = {"format": _FORMAT, "step": step, "history": history, "made_of": self._made_of}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._path, safetensors.torch.save(tensors, {_KEY: json.dumps(header)}))
 
     def resume(self, history: list[dict[str, float]], losses: list[Tensor], norms: list[Tensor]) -> int:
@@ -168,6 +169,6 @@ def _header(path: Path, data: bytes) -> dict[str, Any]:
 def remove_unfinished(*paths: Path) -> None:
     """Remove what `write_atomically` leaves of these files where the process was killed while it wrote."""
     for path in paths:
-        for part in path.parent.iterdir():
+        for part in path.parent.glob("*"):
             if part.name.startswith(path.name) and re.fullmatch(r"\.\d+\.part", part.name[len(path.name) :]):
                 part.unlink(missing_ok=True)

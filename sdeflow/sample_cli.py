@@ -29,6 +29,7 @@ from sdeflow.cli_options import (
     solver_makers,
 )
 from sdeflow.cli_outcome import running, say_json
+from sdeflow.columns import FORMATS
 from sdeflow.dataset import Dataset
 from sdeflow.engine import named
 from sdeflow.names import check_names
@@ -87,6 +88,8 @@ def sample_command(
 
     with running(context, kept, as_json=as_json) as stop:
         check_folder(out)
+        if kind not in FORMATS:
+            raise ValueError(f"expected --format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, got {kind!r}")
         at = named(engine, address=address, workers=workers)
         where, kind_of = device_named(device), dtype_named(dtype, _DTYPES)
         how = _options(solver, steps, eta, grid, rtol, final) | {"dtype": kind_of, "device": device}
@@ -94,7 +97,7 @@ def sample_command(
         net: Any = made.net
         net.to(where, kind_of)
         labels = None if label is None else _labels(net, label, num)
-        form: Any = kind  # `sample_to` refuses what it does not know
+        form: Any = kind
         with progress_bar(num, "sample") as bar:
 
             def on_chunk(finished: int) -> None:

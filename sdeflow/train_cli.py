@@ -76,6 +76,7 @@ def train_command(
     kind: Any = precision
 
     def write(rows: list[dict[str, float]]) -> None:
+        out.mkdir(parents=True, exist_ok=True)
         write_atomically(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     began = time.perf_counter()
@@ -91,7 +92,6 @@ def train_command(
         classes = int(known.max()) + 1 if labels and known is not None else 0
         model = _on(where, untrained(tuple(images.shape[1:]), seed=seed, classes=classes, net=net, width=width))
         own_labels = known.to(where) if labels and known is not None else None
-        out.mkdir(parents=True, exist_ok=True)
         if rank == 0 and run.is_file():
             print(f"going on after step {steps_kept(run)}, from {run}", file=sys.stderr)
         with stop.at_step_ends("" if rank else "sdeflow train: stopping after this step"):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 
 import pytest
 import torch
 
 import sdeflow as sf
 from sdeflow.bench import run
-from sdeflow.bench.results import read
+from sdeflow.bench.results import read, write
 from sdeflow.bench.work import MARK
 from sdeflow.engine import Engine, Local, Ray
 
 HOW = {"solvers": ["DDIM", "Heun", "DDPM"], "grids": ["uniform", "karras"], "nfe": [4, 5, 8], "command": "a test"}
+RESULTS = "results.jsonl"
 TIMES = {"wall_seconds": None, "model_seconds": None, "environment": {}}
 
 
@@ -74,6 +77,63 @@ def test_another_run_or_a_finished_one_begins_anew(tmp_path):
     assert len(more.items) == 16
     (tmp_path / MARK).write_text("{")
     run(problem(), out=tmp_path, engine=Counted(), **HOW)
+
+
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        ({"solvers": ["DDIM"]}, "12 of its 18 results would be lost (solver Heun, DDPM)"),
+        ({"nfe": [4]}, "12 of its 18 results would be lost (budget 5, 8)"),
+        ({"grids": ["karras", "power"]}, "9 of its 18 results would be lost (grid uniform)"),
+        ({"seed": 1}, "18 of its 18 results would be lost (seed 0)"),
+    ],
+)
+def test_results_that_would_be_lost_are_refused(tmp_path, finished, change, lost):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    engine = Counted()
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} holds another benchmark, and {lost}: give another")):
+        run(problem(), out=tmp_path, engine=engine, **HOW | change)
+    assert not engine.items
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(problem(), out=folder, **HOW)
+    return folder
+
+
+def test_the_same_question_is_asked_again_whatever_the_version(tmp_path, finished):
+    """With more solvers too: nothing is lost then."""
+    old = [dataclasses.replace(r, environment=r.environment | {"commit": "another"}) for r in read(finished / RESULTS)]
+    write(old, tmp_path / RESULTS)
+    results = run(problem(), out=tmp_path, **HOW | {"solvers": [*HOW["solvers"], "Euler"]})
+    assert len(results) == len(old) + 6
+    assert "another" not in {r.environment["commit"] for r in read(tmp_path / RESULTS)}
+
+
+def test_what_is_not_finished_is_not_lost_either(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(problem(), out=tmp_path, engine=Counted(5), **HOW)
+    kept = (tmp_path / RESULTS).read_bytes(), (tmp_path / MARK).read_bytes()
+    with pytest.raises(ValueError, match="would be lost"):
+        run(problem(), out=tmp_path, **HOW | {"nfe": [20]})
+    assert kept == ((tmp_path / RESULTS).read_bytes(), (tmp_path / MARK).read_bytes())
+    (tmp_path / RESULTS).write_text("mine\n")
+    with pytest.raises(ValueError, match="line 1: not a result of sdeflow bench"):
+        run(problem(), out=tmp_path, **HOW)
+    assert (tmp_path / RESULTS).read_text() == "mine\n"
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(tmp_path):
+    """A pool refuses work that cannot be sent when it is asked for the first result."""
+    mine = dataclasses.replace(problem(), reference=lambda x: x)
+    with pytest.raises(TypeError, match="can be pickled"):
+        run(mine, out=tmp_path / "out", engine=Local(2), **HOW)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -131,6 +131,56 @@ def test_a_folder_without_permission(tmp_path, monkeypatch):
             check(tmp_path / "new" / "out")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "digits"], "sdeflow train: Missing option '--out'; see sdeflow train --help"),
+        (["train"], "sdeflow train: Missing argument 'DATA'; see sdeflow train --help"),
+        (["nosuch"], "sdeflow: No such command 'nosuch'; see sdeflow --help"),
+        (["--nosuch"], "sdeflow: No such option: --nosuch; see sdeflow --help"),
+        (
+            ["sample", "digits", "--out"],
+            "sdeflow sample: Option '--out' requires an argument; see sdeflow sample --help",
+        ),
+        (["sample", "digits", "--out", "o", "--num", "0"], "sdeflow sample: Invalid value for '--num': "),
+        (["sample", "digits", "--out", "o", "--num", "a\nb"], "sdeflow sample: Invalid value for '--num': "),
+        *(
+            ([*words, "--out", "o", "--workers", "9" * 39], f"sdeflow {words[0]}: Invalid value for '--workers': ")
+            for words in (["bench"], ["sample", "digits"], ["tune", "digits", "--steps", "2"])
+        ),
+    ],
+)
+def test_words_that_do_not_fit_are_one_line_on_standard_error(words, message, tmp_path):
+    result = call(*words)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(message)
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_words_at_all_ask_for_help():
+    result = call()
+    assert result.exit_code == 2
+    assert "Commands" in plain(result)
+
+
+def test_an_unknown_format_is_told_by_its_option(tmp_path):
+    result = call("sample", "digits", "--out", "o", "--format", "png")
+    assert result.exit_code == 1
+    assert plain(result) == "sdeflow sample: expected --format npz, safetensors or parquet, got 'png'\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_is_not_written_over_its_model(tmp_path):
+    sf.save_model("m.safetensors", sf.load_model("digits"))
+    before = (tmp_path / "m.safetensors").read_bytes()
+    result = call("tune", "m.safetensors", "--steps", "2", "--out", tmp_path / "m.safetensors")
+    assert result.exit_code == 1
+    assert "is read, and would be written over" in plain(result)
+    assert (tmp_path / "m.safetensors").read_bytes() == before
+
+
 # ---- names
 
 

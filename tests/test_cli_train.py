@@ -90,14 +90,20 @@ def test_failures_are_one_line_and_not_success(tmp_path):
     assert result.exit_code == 1
     assert result.output.strip().splitlines()[-1].startswith("sdeflow train: ")
 
-    result = _run("train", "digits", "--out", tmp_path / "run", *TINY, "--lr", "-1")
-    assert result.exit_code == 1
-    assert "expected lr > 0" in result.output
+    for words, message in (
+        (("--lr", "-1"), "expected lr > 0"),
+        (("--lr", "nan"), "expected lr > 0"),
+        (("--save-every", 7), "expected save_every as a multiple"),
+    ):
+        result = _run("train", "digits", "--out", tmp_path / "new" / "run", *TINY, *words)
+        assert result.exit_code == 1
+        assert message in result.output
+        assert not (tmp_path / "new").exists()
 
     result = _run("train", "digits", "--out", tmp_path / "run", "--steps", 20, "--batch", 8, "--lr", 1e30)
     assert result.exit_code == 1
     assert "try a lower lr" in result.output
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_scikit_learn(tmp_path, monkeypatch):

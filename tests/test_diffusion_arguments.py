@@ -108,6 +108,7 @@ REFUSED = [
     (lambda: AnnealedLangevin(step_size=0.0), "step_size > 0"),
     (lambda: run(AnnealedLangevin(step_size=0.5)), "the steps would grow"),
     (lambda: run(AnnealedLangevin(), grid=[0.5, 0.0]), "not finite at sigma = 0"),
+    (lambda: run(AnnealedLangevin(step_size=0.01), 1.0), r"brings its own noise: solve the probability flow"),
     *(
         (lambda s=s: run(s, grid=[0.1, 0.3]), f"{s.name.split('(')[0]}.* runs from noise to data: .* 0.1 to 0.3")
         for s in (SASolver(), ERSDE(), EulerAncestral(), DDIM(0.5), DDPM(), DDPM("forward"), DDPM(blend))

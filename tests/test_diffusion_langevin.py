@@ -34,7 +34,7 @@ from tests.exact import F64, slope
 
 
 def test_annealed_langevin_mixes_to_the_last_level_with_first_order_in_its_step_size(monkeypatch):
-    """e/(4w) of the variance w, once `steps` have mixed; whatever the problem's eta."""
+    """e/(4w) of the variance w, once `steps` have mixed."""
     process, grid = sf.VE(sigma_max=10.0), torch.tensor([0.6, 0.55, 0.5], dtype=F64)
     start, end = marginal(process, 0.6), marginal(process, 0.5)
     sizes, errors = (0.08, 0.04, 0.02, 0.01), []
@@ -46,10 +46,7 @@ def test_annealed_langevin_mixes_to_the_last_level_with_first_order_in_its_step_
         assert errors[-1] == pytest.approx(size / (4 * float(end[1][2])), rel=0.2)
     assert slope(sizes, errors) == pytest.approx(1, abs=0.2)
     few = AnnealedLangevin(steps=4, step_size=0.01)  # the control: unmixed
-    assert distance(law_after(monkeypatch, few, process.reverse(DATA.model(process)), grid, start), end) > 0.2
-    solver = AnnealedLangevin(steps=5, step_size=0.01)
-    model = MIXTURE.model(process)
-    assert torch.equal(run(solver, 0.0, model, grid), run(solver, 1.0, model, grid))
+    assert distance(law_after(monkeypatch, few, process.reverse(DATA.model(process), 0.0), grid, start), end) > 0.2
 
 
 def test_annealed_langevin_is_one_chain_in_x_over_alpha():

@@ -195,6 +195,16 @@ BAD = {
     "a number": lambda line: b"7\n",
     "no UTF-8": lambda line: b"\xff\xfe\x00" + line.encode(),
     "NaN": lambda line: line.replace('"median": 0.001', '"median": NaN').encode(),
+    "infinity": lambda line: line.replace('"median": 0.001', '"median": 1e400').encode(),
+    "infinity inside": lambda line: line.replace('"cores": 4', '"cores": -1e999').encode(),
+    "calls below 0": lambda line: changed(line, nfe=-5),
+    "an error below 0": lambda line: changed(line, median=-1e-3),
+    "a share above 1": lambda line: changed(line, flip_rate=1.5),
+    "no budget": lambda line: changed(line, budget=0),
+    "half a call": lambda line: changed(line, budget=2.5),
+    "a tolerance of 0": lambda line: changed(line, tolerance=0.0),
+    "samples of text": lambda line: changed(line, samples="8"),
+    "a seed below 0": lambda line: changed(line, seed=-1),
     "text for a number": lambda line: changed(line, median="small"),
     "a number for text": lambda line: changed(line, solver=3),
     "another kind": lambda line: changed(line, kind="other"),
@@ -211,7 +221,8 @@ def test_a_broken_line_is_one_error_with_the_file_and_the_line(two, tmp_path, wh
     good = [r.line() for r in results()]
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(("\n".join(good[1:4]) + "\n").encode() + BAD[what](good[0]))
-    refused(call(two[0], bad, "--out", tmp_path / "r.html"), "bad.jsonl", "line 4")
+    said = {"a list": "expected an object, got a list", "calls below 0": "nfe is -5, which no run gives"}
+    refused(call(two[0], bad, "--out", tmp_path / "r.html"), "bad.jsonl", "line 4", said.get(what, ""))
     assert not (tmp_path / "r.html").exists()
 
 
@@ -228,11 +239,32 @@ def test_files_that_cannot_be_compared_are_named(two, tmp_path):
     refused(call(two[0], tmp_path / "." / "a.jsonl", *out), "given twice")
     refused(call(two[0], tmp_path / "empty.jsonl", *out), "empty.jsonl", "at least one result")
     refused(call(two[0], tmp_path / "missing.jsonl", *out), "missing.jsonl")
-    refused(call(two[0], tmp_path, *out), str(tmp_path.name))
+    refused(call(two[0], tmp_path, *out), f"{tmp_path} is a folder without results.jsonl")
     twice = tmp_path / "twice.jsonl"
     twice.write_bytes(two[0].read_bytes() * 2)
     refused(call(twice, *out), "twice.jsonl", "twice the same run", "Heun")
     assert not (tmp_path / "r.html").exists()
+
+
+def test_a_folder_stands_for_its_results(two, tmp_path):
+    (tmp_path / "run").mkdir()
+    two[0].rename(tmp_path / "run" / "results.jsonl")
+    named = page_of(tmp_path / "run" / "results.jsonl", two[1], out=tmp_path / "named.html")
+    assert page_of(tmp_path / "run", two[1], out=tmp_path / "r.html") == named
+    refused(call(tmp_path / "run", tmp_path / "run" / "results.jsonl", "--out", tmp_path / "r.html"), "given twice")
+
+
+def test_a_report_is_not_written_over_what_it_is_of(two, tmp_path):
+    (tmp_path / "run").mkdir()
+    write(results(THERE), tmp_path / "run" / "results.jsonl")
+    (tmp_path / "link").symlink_to(two[0])
+    before = two[0].read_bytes()
+    for out in (two[0], tmp_path / "run" / ".." / "a.jsonl", tmp_path / "link", tmp_path / "run" / "results.jsonl"):
+        refused(call(two[1], two[0], tmp_path / "run", "--out", out), f"{out} is read, and would be written over")
+    with pytest.raises(ValueError, match="would be written over"):
+        report(str(two[0]), two[0])
+    assert two[0].read_bytes() == before
+    assert len(read(tmp_path / "run" / "results.jsonl")) == 8
 
 
 def test_a_ratio_is_1_only_where_it_is():

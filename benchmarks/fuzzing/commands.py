@@ -165,9 +165,9 @@ def attempt(words: tuple[str, ...], seconds: float = 20.0) -> Outcome:
         return Outcome("accepted", "an SDE that fails its checks")
     if fresh:
         return Outcome("FORBIDDEN", f"refused, and left {fresh}")
-    lines = [line for line in said.splitlines() if line.startswith("sdeflow ")]
-    if "Usage:" in said or "─ Error ─" in said or len(lines) == 1:
-        return Outcome("documented error", lines[0][:200] if lines else said.splitlines()[-2][:200])
+    lines = [line for line in said.splitlines() if line.startswith(("sdeflow ", "sdeflow: "))]
+    if len(lines) == 1 or (not words and "Usage:" in said):
+        return Outcome("documented error", lines[0][:200] if lines else "the help")
     return Outcome("FORBIDDEN", f"exit status {result.exit_code}, and not in one line: {said[:200]!r}")
 
 

@@ -85,7 +85,7 @@ def bench_command(
 
     Deterministic solvers are compared with the exact flow of the same model, stochastic ones in distribution.
     A run that fails is drawn as failed. After Ctrl-C, what was finished is in OUT/results.jsonl, and the same command
-    goes on from it.
+    goes on from it. A folder with results of another benchmark is refused.
     """
     file, began = out / "results.jsonl", time.time() - 1.0  # clocks of file systems are coarse
 
@@ -132,7 +132,9 @@ def report_command(
     context: typer.Context,
     results: Annotated[
         list[Path],
-        typer.Argument(metavar="RESULTS...", help="Files results.jsonl of sdeflow bench, compared if several."),
+        typer.Argument(
+            metavar="RESULTS...", help="Files results.jsonl of sdeflow bench, or its folders, compared if several."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The HTML file to write.")],
     as_json: AsJson = False,

@@ -37,7 +37,7 @@ class Run:
 
 
 def gather(items: Iterable[Result | str | Path]) -> list[Run]:
-    """The runs of results, or of files of them.
+    """The runs of results, or of files of them, or of the folders of runs.
 
     Files of one run that hold different parts of it are one run; a file that holds what another has already is a run
     of its own, labelled as a copy.
@@ -53,7 +53,7 @@ def gather(items: Iterable[Result | str | Path]) -> list[Run]:
         if isinstance(item, Result):
             loose.append(item)
             continue
-        path = Path(item)
+        path = results_file(item)
         if path.resolve() in seen:
             raise ValueError(f"{path}: given twice; expected different files")
         seen.add(path.resolve())
@@ -66,6 +66,20 @@ def gather(items: Iterable[Result | str | Path]) -> list[Run]:
         raise ValueError("expected at least one result, got none")
     _label(runs)
     return runs
+
+
+def results_file(path: str | Path) -> Path:
+    """The file of results that a path names: of the folder of a run, its results.jsonl.
+
+    Raises:
+        ValueError: a folder without one.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if not (path / "results.jsonl").is_file():
+        raise ValueError(f"{path} is a folder without results.jsonl: expected one of sdeflow bench, or the file itself")
+    return path / "results.jsonl"
 
 
 def job(result: Result) -> tuple[Any, ...]:

@@ -12,9 +12,10 @@ from typing import Any
 from sdeflow.bench import charts
 from sdeflow.bench.extras import need
 from sdeflow.bench.figures import vega_lite_version
-from sdeflow.bench.merged import Run, compare, gather, numbered
+from sdeflow.bench.merged import Run, compare, gather, numbered, results_file
 from sdeflow.bench.results import Result, put
 from sdeflow.bench.tables import Cell, Table, by_problem, initials, order, short_number, tables, twins
+from sdeflow.files import check_not_read
 
 LIMIT = 4_800_000
 """Characters that a page is kept below, by leaving out sample pictures."""
@@ -28,11 +29,16 @@ _DIGITS = dict.fromkeys(("q90", "rms", "flip_rate", "low", "high"), 7) | dict.fr
 def report(results: str | Path | Iterable[Result | str | Path], out: str | Path) -> None:
     """The report of results, or of JSON lines files of them, as one HTML file. Several runs are compared.
 
+    A folder stands for the `results.jsonl` in it.
+
     Raises:
-        FileNotFoundError, ValueError: a file that is missing, given twice, or no file of results; or no results.
+        FileNotFoundError, ValueError: a file that is missing, given twice, or no file of results; no results; or `out`
+            is one of the files.
         ImportError: the extra "bench" is not installed.
     """
-    put(out, _html([results] if isinstance(results, (str, Path)) else results).encode())
+    items = [results] if isinstance(results, (str, Path)) else list(results)
+    check_not_read(out, (results_file(item) for item in items if not isinstance(item, Result)))
+    put(out, _html(items).encode())
 
 
 def _html(items: Iterable[Result | str | Path]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -131,7 +132,9 @@ def read(path: str | Path) -> list[Result]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line.decode("utf-8"), parse_constant=_no_number)
+            values = json.loads(line.decode("utf-8"), parse_constant=_no_number, parse_float=_finite)
+            if not isinstance(values, dict):
+                raise TypeError(f"expected an object, got a {type(values).__name__}")
             schema = values.pop("schema")
             newer = schema > SCHEMA
             # a later version may have fields of other types
@@ -148,30 +151,52 @@ def _no_number(text: str) -> float:
     raise ValueError(f"{text} is no number")
 
 
+def _finite(text: str) -> float:
+    """A number of JSON, which may be too large for a float."""
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
+
+
 def _why(error: Exception) -> str:
     return f"no {error}" if isinstance(error, KeyError) else str(error)
 
 
-_NUMBERS = (
-    "budget", "tolerance", "nfe", "steps", "median", "q90", "rms", "flip_rate", "sliced_w2", "low", "high", "floor",
-    "scale", "wall_seconds", "model_seconds",
+_MEASURED = (
+    "nfe", "steps", "median", "q90", "rms", "flip_rate", "sliced_w2", "low", "high", "floor", "scale", "wall_seconds",
+    "model_seconds",
 )  # fmt: skip
 _TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(_NUMBERS, (int, float, type(None))),
+    **dict.fromkeys((*_MEASURED, "tolerance"), (int, float, type(None))),
     **dict.fromkeys(("problem", "solver", "grid", "dtype"), (str,)),
     **dict.fromkeys(("message", "preview"), (str, type(None))),
+    **dict.fromkeys(("samples", "seed"), (int,)),
     **dict.fromkeys(("about", "environment"), (dict,)),
+    "budget": (int, type(None)),
+    "eta": (int, float),
+    "resolved": (bool,),
 }
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys((*_MEASURED, "eta", "samples"), (0, sys.float_info.max)),
+    "budget": (1, sys.maxsize),
+    "tolerance": (sys.float_info.min, sys.float_info.max),
+    "flip_rate": (0, 1),
+    "seed": (0, 2**63 - 1),
+}
+"""What a run can give: from the least to the largest, or None."""
 
 
 def _result(values: dict[str, Any]) -> Result:
-    """A result of what a line holds, its types checked. Fields that are not known are of a later version."""
+    """A result of what a line holds, if a run can give it. Fields that are not known are of a later version."""
     known = {f.name for f in dataclasses.fields(Result)}
     result = Result(**{k: v for k, v in values.items() if k in known})
     for name, types in _TYPES.items():
         value = getattr(result, name)
-        if not isinstance(value, types) or isinstance(value, bool):
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise TypeError(f"{name} is {value!r}")
+    for name, (least, largest) in _RANGES.items():
+        value = getattr(result, name)
+        if value is not None and not least <= value <= largest:
+            raise ValueError(f"{name} is {value!r}, which no run gives")
     for name, allowed in (("kind", ("trajectory", "distribution")), ("status", ("ok", "failed"))):
         if getattr(result, name) not in allowed:
             raise ValueError(f"{name} is {getattr(result, name)!r}")

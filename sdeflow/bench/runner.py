@@ -18,7 +18,7 @@ from sdeflow.bench.problem import Problem, as_problem
 from sdeflow.bench.results import Log, Result, put
 from sdeflow.bench.suites import QUICK, SUITES, Suite
 from sdeflow.bench.tables import ranking
-from sdeflow.bench.work import Item, RunWork, Unfinished, described
+from sdeflow.bench.work import Item, RunWork, Unfinished, check_folder, described
 from sdeflow.checked import checked
 from sdeflow.engine import Engine, Local
 from sdeflow.grids import GridFunction
@@ -81,14 +81,15 @@ def run(
         device: where networks run and samples are; what they are compared with is kept on the CPU.
         out: a folder for `results.jsonl` (kept complete while it runs), `report.html`, `ranking.csv` and the figures;
             None writes nothing. A run that was broken off goes on from what it finished there, if it is the same run
-            of the same commit.
+            of the same commit. Results of the same jobs and seed are replaced; a folder with others is refused.
         engine: where runs are computed, `sdeflow.engine.Ray(...)` for instance, with one thread each; in this process,
             with the number of threads that is best for the network, unless given.
         progress: show a progress bar.
         command: how the run was called, for the record; the process's command line unless given.
 
     Raises:
-        ValueError, TypeError: unknown names or unusable arguments, before anything runs.
+        ValueError, TypeError: unknown names or unusable arguments, or a folder of another benchmark, before anything
+            runs.
         ImportError: `out` is given and the extra "bench" is not installed.
         Exception: what a problem's own network or reference raises when it cannot be used at all.
     """
@@ -109,6 +110,8 @@ def run(
     problems = [dataclasses.replace(make(), **changes) for make in makers]  # type: ignore[arg-type]
     jobs = list(axes.jobs())
     wanted = [(p, j) for p, problem in enumerate(problems) for j, job in enumerate(jobs) if _measurable(problem, job)]
+    if out is not None:
+        check_folder(out, (_key(problems[p], jobs[j]) for p, j in wanted), seed)
     work = RunWork(problems, jobs, seed, dtype, torch.device(device), None if engine is None else 1)
     about = {
         "problems": [described(problem) for problem in problems],
@@ -124,6 +127,7 @@ def run(
         with _progress(progress, len(wanted)) as advance:
             for item, result in _results(wanted, work, before, engine, advance):
                 found[item] = dataclasses.replace(result, environment=before.environment)
+                before.begin()
                 log.add(found[item])
     finally:
         log.save()
@@ -151,6 +155,11 @@ def _measurable(problem: Problem, job: Job) -> bool:
     return job.tolerance is None or problem.reference is not None or job.tolerance >= 10 * problem.tolerance
 
 
+def _key(problem: Problem, job: Job) -> tuple[Any, ...]:
+    """That of its result: see `work.key`."""
+    return problem.name, job.method.name, job.grid, job.budget, job.tolerance
+
+
 def _results(
     wanted: list[Item], work: RunWork, before: Unfinished, engine: Engine | None, advance: Callable[[str, int], None]
 ) -> Iterator[tuple[Item, Result]]:
@@ -158,7 +167,7 @@ def _results(
     sharing: dict[tuple[Any, ...], list[Item]] = {}
     for number, (p, j) in enumerate(wanted):
         job, problem = work.jobs[j], work.problems[p]
-        known = before.results.get((problem.name, job.method.name, job.grid, job.budget, job.tolerance))
+        known = before.results.get(_key(problem, job))
         if known is not None:
             advance(f"{problem.name}: from before", 1)
             yield (p, j), known

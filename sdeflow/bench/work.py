@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,9 @@ from sdeflow.tuning.fit import fingerprint
 
 MARK = "unfinished.json"
 """There while a run is going on, with what it is: how the same run knows its results again."""
+
+_LISTED = 3
+"""Values that a message lists, at most."""
 
 Item = tuple[int, int]
 """(number of the problem, number of the job)."""
@@ -77,16 +80,22 @@ class Unfinished:
         self.environment = environment
         self.results: dict[tuple[Any, ...], Result] = {}
         self._mark = None if out is None else Path(out) / MARK
+        self._begun = False
         if self._mark is None:
             return
-        wanted = json.loads(json.dumps(about))
+        self._about = wanted = json.loads(json.dumps(about))
         with suppress(OSError, ValueError, KeyError, TypeError):  # nothing there, or not to be used
             known = json.loads(self._mark.read_text(encoding="utf-8"))
             if known["about"] == wanted:
                 found = read(self._mark.with_name("results.jsonl"))
                 self.results = {key(r): r for r in found if r.environment == known["environment"]}
                 self.environment = known["environment"]
-        put(self._mark, json.dumps({"about": wanted, "environment": self.environment}, indent=1).encode())
+
+    def begin(self) -> None:
+        """There is a result: what follows may be broken off. Before that a run that fails leaves nothing."""
+        if self._mark is not None and not self._begun:
+            put(self._mark, json.dumps({"about": self._about, "environment": self.environment}, indent=1).encode())
+            self._begun = True
 
     def end(self) -> None:
         """The run is finished."""
@@ -97,6 +106,35 @@ class Unfinished:
 def key(result: Result) -> tuple[Any, ...]:
     """Which run of its benchmark a result is of."""
     return result.problem, result.solver, result.grid, result.budget, result.tolerance
+
+
+def check_folder(out: str | Path, keys: Iterable[tuple[Any, ...]], seed: int) -> None:
+    """Refuse a folder with results that this run would not replace by newer ones, but drop.
+
+    Args:
+        keys: of the results of this run.
+
+    Raises:
+        ValueError: it holds results of other problems, solvers, grids, budgets, tolerances or of another seed; or its
+            results.jsonl is no file of results.
+    """
+    file = Path(out) / "results.jsonl"
+    if not file.is_file():
+        return
+    found, wanted = read(file), {(*own, seed) for own in keys}
+    lost = [own for r in found if (own := (*key(r), r.seed)) not in wanted]
+    if not lost:
+        return
+    others = []
+    for i, name in enumerate(("problem", "solver", "grid", "budget", "tolerance", "seed")):
+        values = list(dict.fromkeys(str(v[i]) for v in lost if v[i] not in {w[i] for w in wanted}))
+        if values:
+            others.append(f"{name} {', '.join(values[:_LISTED])}{', ...' if len(values) > _LISTED else ''}")
+    which = f" ({'; '.join(others)})" if others else ""
+    raise ValueError(
+        f"{out} holds another benchmark, and {len(lost)} of its {len(found)} results would be lost{which}: give "
+        "another folder"
+    )
 
 
 def described(problem: Problem) -> dict[str, Any]:

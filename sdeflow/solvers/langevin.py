@@ -156,9 +156,10 @@ class AnnealedLangevin(Solver):
 
     (Song and Ermon 2019, Generative modeling by estimating gradients of the data distribution, algorithm 1, which is
     this with alpha = 1; the first of their levels is the prior's here). Between levels y stays as it is. It samples
-    by mixing, it integrates nothing: the problem's eta and the number of levels change no law, and the error is
-    what `steps` leave unmixed and, in a direction of variance w, a relative e/(4 w) of the variance, of first
-    order in step_size. The noise is numbered by level and step: grids of two sizes have no path in common.
+    by mixing, it integrates nothing: it runs on the flow (eta = 0), all of its noise is its own, the number of levels
+    changes no law, and the error is what `steps` leave unmixed and, in a direction of variance w, a relative e/(4 w)
+    of the variance, of first order in step_size. The noise is numbered by level and step: grids of two sizes have no
+    path in common.
 
     Args:
         steps: Langevin steps a level, each one model call.
@@ -177,7 +178,11 @@ class AnnealedLangevin(Solver):
             raise ValueError(f"AnnealedLangevin: expected step_size > 0, got {self.step_size!r}")
 
     def check(self, problem: Problem) -> None:
-        semilinear(self.name, problem)
+        if semilinear(self.name, problem).stochastic:
+            raise ValueError(
+                f"{self.name} brings its own noise: solve the probability flow (sde.probability_flow(model), or "
+                "eta=0), not a problem with noise"
+            )
 
     def draws_noise(self, problem: Problem) -> bool:
         return True

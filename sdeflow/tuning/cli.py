@@ -26,6 +26,7 @@ from sdeflow.cli_options import (
 )
 from sdeflow.cli_outcome import running, say_json
 from sdeflow.engine import named
+from sdeflow.files import check_not_read
 from sdeflow.names import check_names
 from sdeflow.tuning.fit import tune
 
@@ -64,6 +65,7 @@ def tune_command(
         makers = solver_makers()
         check_names([solver], makers, "solver", "a name from sdeflow solvers")
         check_file(out)
+        check_not_read(out, [model])
         at = named(engine, address=address, workers=workers)
         where, kind = device_named(device), dtype_named(dtype, _DTYPES)
         torch.set_num_threads(threads)
