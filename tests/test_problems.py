@@ -1,6 +1,7 @@
 """Exact problems: densities, scores and posteriors of noised data, against other people's formulas."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from scipy import stats
 from scipy.integrate import quad
 
 import sdeflow as sf
+from sdeflow.bench.suites import SUITES
 from sdeflow.problems import Empirical, Gaussian, GaussianMixture
 from tests.exact import F64, NAMES, make, mixture_log_density, random_mixture, score_of, times
 
@@ -350,3 +352,21 @@ def test_errors(build, message):
 def test_a_model_needs_a_gaussian_process():
     with pytest.raises(TypeError, match="expected a GaussianSDE, got float"):
         mixture().model(1.0)
+
+
+@pytest.mark.parametrize("problem", [mixture(), Empirical(torch.eye(2)), sf.problems.TwoMoons()], ids=repr)
+def test_an_exact_model_goes_to_another_process(problem):
+    """By pickle, which takes no local function."""
+    x = problem.sample(5, seed=0)
+    processes = (
+        [sf.VP()] if isinstance(problem, Empirical) else [sf.VP(), sf.LinearSDE([[-1.0, 0.2], [0.0, -1.0]], [0.5, 0.5])]
+    )
+    for process in processes:
+        model = problem.model(process)
+        assert torch.equal(pickle.loads(pickle.dumps(model)).score(x, 0.4), model.score(x, 0.4))
+
+
+def test_the_quick_suite_goes_to_another_process():
+    for make_problem in SUITES["quick"].problems:
+        problem = pickle.loads(pickle.dumps(make_problem()))
+        assert torch.isfinite(problem.model.score(problem.start(2, 0, torch.float32), problem.model.sde.t1)).all()

@@ -141,7 +141,7 @@ def plan4(model):
         (lambda m: sf.solve(flow(m), X, plan4(m), t_span=(1.0, 0.1)), ValueError, "a plan has its own grid"),
         (lambda m: sample2(m, 0), ValueError, "num >= 1 samples, got 0"),
         (lambda m: sample2(m, 2.0), ValueError, "num as a whole number"),
-        (lambda m: sample2(m.net), TypeError, "model as a Model, got the function _exact_v; wrap the network: sf.Model"),
+        (lambda m: sample2(m.net), TypeError, "got the function _exact_v; wrap the network: sf.Model"),
         (lambda m: sample2(m, final="round"), ValueError, "final as one of 'stay', 'denoise', 'zero'"),
         (lambda m: sample2(m, final="zero", steps=None, grid=[1.0, 0.5]), ValueError, "ends the grid at t0"),
         (lambda m: sample2(m, eta=-1.0), ValueError, "eta >= 0"),
