@@ -354,6 +354,6 @@ def _head(path: Path) -> dict[str, Any]:
 
 
 def _same_run(folder: Path, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    differs = sorted(name for name in {*wanted, *known} if not same(known.get(name), wanted.get(name)))
+    differs = sorted(name for name in {*wanted, *known} if not same({name: known.get(name)}, {name: wanted.get(name)}))
     if differs:
         raise ValueError(f"{folder} holds another run, with another {', '.join(differs)}: give another folder")

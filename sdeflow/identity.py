@@ -30,7 +30,7 @@ POINTS = 4
 """Of each state that a model or a problem is asked at."""
 _DIGITS = {torch.float64: 1e-9, torch.float32: 1e-4}
 """How far apart the same values may be, computed on two machines; 1e-2 in 16 bits."""
-PROBES = "probes"
+PROBES = "behaviour"
 """The key of values that are compared as numbers."""
 
 
@@ -87,16 +87,9 @@ def weights(net: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def of_model(
-    model: Model, shape: tuple[int, ...], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> dict[str, Any]:
-    """What the values of a model depend on, at samples of that shape, dtype and device."""
-    process: Any = model.gaussian
-    try:
-        x = process.prior_sample((POINTS, *shape), 0, dtype=dtype or torch.float32, device=device or "cpu")
-    except (RuntimeError, ValueError):  # no such device here: it is where the workers are
-        x = None
-    return {"model": said(model), PROBES: None if x is None else _probes(process, model, x)}
+def of_model(model: Model, x: Tensor | None) -> dict[str, Any]:
+    """What the values of a model depend on; x are some states (n, *event), None where they are not to be had."""
+    return {"model": said(model), PROBES: None if x is None else _probes(model.sde, model, x)}
 
 
 def of_problem(problem: Problem, x: Tensor) -> dict[str, Any]:
@@ -111,6 +104,8 @@ def same(known: Any, wanted: Any) -> bool:
         return known.keys() == wanted.keys() and all(
             _near(known[name], wanted[name]) if name == PROBES else same(known[name], wanted[name]) for name in known
         )
+    if isinstance(known, list) and isinstance(wanted, list):
+        return len(known) == len(wanted) and all(map(same, known, wanted))
     return bool(known == wanted)
 
 

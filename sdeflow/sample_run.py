@@ -146,8 +146,13 @@ def _about(
 ) -> dict[str, Any]:  # fmt: skip
     """All that the bits of the samples depend on, but for their number and the chunk."""
     asked = model if labels is None else model.bind(label=labels[torch.arange(POINTS) % len(labels)])
+    dtype, device = how.get("dtype") or torch.float32, how.get("device") or "cpu"
+    try:
+        x = model.gaussian.prior_sample((POINTS, *shape), 0, dtype=dtype, device=device)
+    except RuntimeError:  # no such device here: it is where the workers are
+        x = None
     return {
-        **of_model(asked, shape, dtype=how.get("dtype"), device=how.get("device")),
+        **of_model(asked, x),
         "solver": said(solver),
         "labels": said(labels),
         "options": {name: said(value) for name, value in sorted(how.items()) if value is not None},

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import sdeflow as sf
+from sdeflow.dataset import Dataset
 from sdeflow.files import alone_in
 from sdeflow.identity import of_model, of_problem, said, same
 from sdeflow.statistics import Covariance, Functional, Histogram, Moments
@@ -125,11 +126,11 @@ def test_another_process_says_the_same():
     code = (
         "import json, sdeflow as sf, torch; from tests import test_identity as t; said, of_model = t.said, t.of_model; "
         "print(json.dumps([said([t.scaled(2.0), t.mixture, sf.grids.karras, sf.solvers.UniPC(2), t.Well(2.0)]), "
-        "of_model(t.mixture([0.0, 1.0], [1.0, 2.0]), (2,), dtype=torch.float64)]))"
+        "of_model(t.mixture([0.0, 1.0], [1.0, 2.0]), t.X)]))"
     )
     here = [
         said([scaled(2.0), mixture, sf.grids.karras, sf.solvers.UniPC(2), Well(2.0)]),
-        of_model(mixture([0.0, 1.0], [1.0, 2.0]), (2,), dtype=F64),
+        of_model(mixture([0.0, 1.0], [1.0, 2.0]), X),
     ]
     there = json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
     assert said(mixture)["function"] == "mixture"
@@ -140,13 +141,13 @@ def test_another_process_says_the_same():
 
 
 def test_models_are_told_apart_by_what_they_say():
-    one = of_model(mixture([-1.0, 0.5], [1.5, 0.0]), (2,), dtype=F64)
-    assert same(one, of_model(mixture([-1.0, 0.5], [1.5, 0.0]), (2,), dtype=F64))
+    one = of_model(mixture([-1.0, 0.5], [1.5, 0.0]), X)
+    assert same(one, of_model(mixture([-1.0, 0.5], [1.5, 0.0]), X))
     assert same(one, json.loads(json.dumps(one)))
     for other in (mixture([-1.0, 0.5], [1.5, 1e-6]), mixture([-10.0, 0.5], [-15.0, 0.0])):
-        assert not same(one, of_model(other, (2,), dtype=F64))
-    told = of_model(network(time=lambda t: t), (2,))
-    assert not same(told, of_model(network(time=lambda t: 1000 * t), (2,)))
+        assert not same(one, of_model(other, X))
+    told = of_model(network(time=lambda t: t), X)
+    assert not same(told, of_model(network(time=lambda t: 1000 * t), X))
 
 
 @pytest.mark.parametrize(
@@ -171,12 +172,27 @@ def test_reversals_are_told_apart_by_score_and_eta():
 def test_rounding_is_no_difference():
     one = of_problem(Well(), X)
     moved = json.loads(json.dumps(one))
-    moved["probes"]["values"] = [v * (1 + 1e-12) for v in moved["probes"]["values"]]
+    moved["behaviour"]["values"] = [v * (1 + 1e-12) for v in moved["behaviour"]["values"]]
     assert same(one, moved)
-    moved["probes"]["values"][0] += 1e-6
+    moved["behaviour"]["values"][0] += 1e-6
     assert not same(one, moved)
-    moved["probes"]["values"][0] = math.nan
+    moved["behaviour"]["values"][0] = math.nan
     assert not same(one, moved)
+
+
+def test_a_folder_may_be_gone_on_with_on_a_machine_that_rounds_otherwise(tmp_path):
+    Dataset(tmp_path, {"num": 4, **of_problem(Well(), X)})
+    manifest = tmp_path / "manifest.jsonl"
+    head = json.loads(manifest.read_text())
+    head["about"]["behaviour"]["values"][0] *= 1 + 1e-12
+    manifest.write_text(json.dumps(head) + "\n")
+    assert Dataset(tmp_path, {"num": 4, **of_problem(Well(), X)}).num == 4
+    head["about"]["behaviour"]["values"][0] += 1e-3
+    manifest.write_text(json.dumps(head) + "\n")
+    with pytest.raises(ValueError, match="with another behaviour"):
+        Dataset(tmp_path, {"num": 4, **of_problem(Well(), X)})
+    assert same([one := of_problem(Well(), X)], [one])
+    assert not same([one], [one, one])
 
 
 def test_what_cannot_be_asked_is_not_known_to_differ():
@@ -184,7 +200,7 @@ def test_what_cannot_be_asked_is_not_known_to_differ():
         def drift(self, x, t):
             raise RuntimeError("only in the run")
 
-    assert of_problem(Picky(), X)["probes"] is None
+    assert of_problem(Picky(), X)["behaviour"] is None
 
 
 # ---- folders
@@ -196,7 +212,7 @@ SAMPLES = {"shape": (2,), "steps": 3, "chunk": 16, "solver": sf.solvers.DPMSolve
 def test_samples_of_another_model_are_refused(tmp_path):
     sf.sample_to(tmp_path, mixture([-1.0, 0.5], [1.5, 0.0]), 32, **SAMPLES)
     sf.sample_to(tmp_path, mixture([-1.0, 0.5], [1.5, 0.0]), 32, **SAMPLES)
-    with pytest.raises(ValueError, match="holds another run, with another probes: give another folder"):
+    with pytest.raises(ValueError, match="holds another run, with another behaviour: give another folder"):
         sf.sample_to(tmp_path, mixture([-10.0, 0.5], [-15.0, 0.0]), 32, **SAMPLES)
     with pytest.raises(ValueError, match="with another kind"):
         sf.sample_to(tmp_path, mixture([-1.0, 0.5], [1.5, 0.0]), 32, kind="safetensors", **SAMPLES)

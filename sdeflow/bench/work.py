@@ -15,7 +15,7 @@ from sdeflow.bench.case import Case
 from sdeflow.bench.methods import Job, Method
 from sdeflow.bench.problem import Problem
 from sdeflow.bench.results import Result, put, read
-from sdeflow.tuning.fit import fingerprint
+from sdeflow.identity import POINTS, of_model, same
 
 MARK = "unfinished.json"
 """There while a run is going on, with what it is: how the same run knows its results again."""
@@ -86,7 +86,7 @@ class Unfinished:
         self._about = wanted = json.loads(json.dumps(about))
         with suppress(OSError, ValueError, KeyError, TypeError):  # nothing there, or not to be used
             known = json.loads(self._mark.read_text(encoding="utf-8"))
-            if known["about"] == wanted:
+            if same(known["about"], wanted):
                 found = read(self._mark.with_name("results.jsonl"))
                 self.results = {key(r): r for r in found if r.environment == known["environment"]}
                 self.environment = known["environment"]
@@ -138,13 +138,10 @@ def check_folder(out: str | Path, keys: Iterable[tuple[Any, ...]], seed: int) ->
 
 
 def described(problem: Problem) -> dict[str, Any]:
-    """What the figures of a problem depend on, as far as it can be said of functions of the user."""
-    model = problem.model
+    """What the figures of a problem depend on."""
     return {
         "name": problem.name,
         "shape": list(problem.shape),
-        "process": repr(model.sde),
-        "prediction": model.prediction,
-        "network": fingerprint(model) or getattr(model.net, "__qualname__", type(model.net).__qualname__),
         "sizes": [problem.samples, problem.draws, problem.tolerance, problem.target_tolerance],
+        **of_model(problem.model, problem.start(POINTS, 0, torch.float32)),
     }
