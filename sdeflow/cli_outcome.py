@@ -92,6 +92,7 @@ def running(
     """The work of a command, between its arguments and the printing of its result.
 
     - An error that this package raised on purpose, or of a file, is one line and exit status 1.
+    - So is `sys.exit()` in user code, whatever status it asks for: the work was not done.
     - A signal is one line, what was kept and how to go on, and exit status 128 + its number (130 for Ctrl-C).
     - Anything else is a bug, here or in a package below, and keeps its traceback.
 
@@ -109,7 +110,7 @@ def running(
             if not quiet:
                 _say(f"sdeflow {name}: interrupted; {kept().replace('{again}', again(context))}")
             raise typer.Exit(128 + (stop.number or signal.SIGINT)) from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             line = _line(error)
             if line is None:
                 raise
@@ -150,7 +151,7 @@ def _say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _line(error: Exception) -> str | None:
+def _line(error: Exception | SystemExit) -> str | None:
     """An error of the user's in one line; None for a bug, or for what is no error."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory: try a smaller batch, or a smaller chunk"
@@ -159,6 +160,8 @@ def _line(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return str(error)
     where = _raised_in(error)
+    if isinstance(error, SystemExit):
+        return ": ".join(filter(None, (where or "user code", "SystemExit", str(error))))
     if where is not None:
         return f"{where}: {type(error).__name__}: {error}"
     kinds = (ArithmeticError, AssertionError, ImportError, RuntimeError, TypeError, ValueError)
@@ -180,7 +183,7 @@ def _is_own(frame: FrameType) -> bool:
     return module == "sdeflow" or module.startswith("sdeflow.")
 
 
-def _raised_in(error: Exception) -> str | None:
+def _raised_in(error: BaseException) -> str | None:
     """The place in a file named on the command line, if that is where an error came from: "FILE, line N"."""
     place, tb = None, error.__traceback__
     while tb is not None:

@@ -12,6 +12,8 @@ Every prediction is a row (a, b) of one table, value = a x_0 + b eps:
 With x = alpha x_0 + sigma eps, two rows and x determine each other: the value of row (c, d) is
 
     p x + q value,   p = (c b - d a)/(alpha b - sigma a),   q = (alpha d - sigma c)/(alpha b - sigma a).
+
+Rows (0, b) and (0, d) need no x: p = 0 and q = d/b, where alpha = 0 too.
 """
 
 from __future__ import annotations
@@ -59,6 +61,8 @@ def conversion(process: GaussianSDE, t: Tensor, given: Row, wanted: Row) -> Row:
     """(p, q) with wanted value = p x + q given value."""
     (a, b), (c, d) = given, wanted
     alpha, sigma = process.alpha(t), process.sigma(t)
+    # of two rows of noise alpha cancels: any other number gives the limit where alpha = 0 makes it 0/0
+    alpha = torch.where((alpha == 0) & (a == 0) & (c == 0) & (sigma > 0), 1.0, alpha)
     determinant = alpha * b - sigma * a
     return (c * b - d * a) / determinant, (alpha * d - sigma * c) / determinant
 

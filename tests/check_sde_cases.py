@@ -106,6 +106,10 @@ def ou_density(x, t, factor=1.0, scale=1.0, rate=1.0):
     return -0.5 * z.squeeze(1) + math.log(factor)
 
 
+def ou_score(x, t, factor=1.0):
+    return -factor * (x - 0.5 * torch.exp(-t)) / (0.3 * torch.exp(-2 * t) + spread(t))
+
+
 class Multiplicative(sf.SDE):
     """dx = -x dt + (1 + x^2/4) dW, one coordinate."""
 

@@ -104,6 +104,27 @@ def test_bad_options_are_one_error(tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
+ENDING = """
+import sdeflow as sf
+
+def made():
+    raise SystemExit(0)
+
+def net(x, t):
+    raise SystemExit(0)
+
+problem = sf.bench.Problem(sf.Model(net, sf.VP()), shape=(2,), samples=8, draws=32)
+"""
+
+
+@pytest.mark.parametrize(("name", "line"), [("made", 5), ("problem", 8)])
+def test_user_code_that_ends_the_process_is_an_error(user_file, tmp_path, name, line):
+    user_file.write_text(ENDING)
+    done = call("bench", "--problem", f"{user_file}:{name}", "--solvers", "Heun", "--nfe", "6", "--out", tmp_path / "o")
+    assert done.exit_code == 1
+    assert f"mine.py, line {line}: SystemExit: 0" in done.output
+
+
 def test_nothing_but_failures_is_not_success(user_file, tmp_path):
     text = USER_FILE.replace("sf.Model(", "sf.Model(lambda x, t: x * (torch.nan if x.shape[0] == 8 else 1), ")
     text = text.replace("Net(), sf.VP(), prediction", "sf.VP(), prediction")

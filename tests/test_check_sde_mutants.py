@@ -44,6 +44,7 @@ from tests.check_sde_cases import (
     moments,
     ou_density,
     ou_marginal,
+    ou_score,
     rotating,
     setting,
     spread,
@@ -243,10 +244,6 @@ def eps_is_score(original, self, x, t):
     return -self.gaussian.sigma(t) * original(self, x, t)
 
 
-def ou_score(x, t, factor=1.0):
-    return -factor * (x - 0.5 * torch.exp(-t)) / (0.3 * torch.exp(-2 * t) + spread(t))
-
-
 def declared(make: Callable[[], sf.SDE], **facts: bool) -> Callable[[], sf.SDE]:
     def run() -> sf.SDE:
         sde = make()
@@ -392,6 +389,8 @@ MUTANTS = [
            wrong=checked(OU, log_density=lambda x, t: ou_density(x, t, rate=0.9))),
     Mutant("claimed score times 1.001", "score", checked(OU, log_density=ou_density, score=ou_score),
            wrong=checked(OU, log_density=ou_density, score=lambda x, t: ou_score(x, t, 1.001))),
+    Mutant("claimed score times 1.001, no density", "score: Fokker-Planck", checked(OU, score=ou_score),
+           wrong=checked(OU, score=lambda x, t: ou_score(x, t, 1.001))),
     Mutant("hand-written reverse without div D", "hand-written reverse drift",
            WRITTEN,
            wrong=checked(Multiplicative, reverse_drift=hand(1.0, 0.0))),

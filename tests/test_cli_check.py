@@ -111,6 +111,33 @@ def test_what_does_not_fit_is_one_error(folder, words, message):
     assert message in f"{done.output} {done.exception}"
 
 
+QUITS = """
+import sys
+import sdeflow as sf
+
+class Quits(sf.SDE):
+    def drift(self, x, t):
+        sys.exit()
+    def diffusion(self, x, t):
+        return x
+
+class Later(Quits):
+    def drift(self, x, t):
+        return -x if not x.requires_grad else sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize(("name", "line"), [("Quits", 7), ("Later", 13)])
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_user_code_that_ends_the_process_is_an_error(folder, name, line, words):
+    (folder / "quits.py").write_text(QUITS)
+    done = call(f"quits.py:{name}", *words)
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert f"quits.py, line {line}: SystemExit" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_the_emitted_tests_pass_and_fail_as_the_sde_does(folder):
     """Run in a process of their own, as a user would; the random points at a fixed seed."""
     (folder / "tests").mkdir()

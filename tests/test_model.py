@@ -77,6 +77,23 @@ def test_predictions_that_are_finite_at_the_ends():
     torch.testing.assert_close(model.x0(x, 0.0), x)
 
 
+ENDS = (sf.RectifiedFlow(), sf.DiscreteVP(torch.linspace(0.02, 0.4, 8), zero_terminal_snr=True))
+
+
+@pytest.mark.parametrize("process", ENDS, ids=repr)
+def test_noise_and_score_determine_each_other_where_alpha_is_0(process):
+    x, t = torch.ones(2, 3, dtype=F64), process.t1
+    assert float(process.alpha(t)) == 0 < float(process.sigma(t))
+    sigma = float(process.sigma(t))
+    by_noise, by_score = (sf.Model(lambda x, t: 3 * x, process, name) for name in ("eps", "score"))
+    assert torch.equal(by_noise.score(x, t), -3 * x / sigma)
+    assert torch.equal(by_score.eps(x, t), -3 * x * sigma)
+    times = torch.tensor([0.4, t], dtype=F64)  # the other sample keeps what it has alone
+    assert torch.equal(by_noise.score(x, times)[:1], by_noise.score(x[:1], 0.4))
+    assert torch.equal(by_noise.score(x, times)[1:], -3 * x[1:] / sigma)
+    assert not by_noise.x0(x, t).isfinite().any()  # nothing of the data is left
+
+
 # ---- what the network is told about the time
 
 

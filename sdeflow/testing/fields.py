@@ -71,7 +71,12 @@ class Flat:
 
     def log_density(self, density: LogDensity, x: Tensor, t: Tensor) -> Tensor:
         """The density's log at flat states, (n,)."""
-        return density(self.shaped(x), self.time(t))
+        value = density(self.shaped(x), self.time(t))
+        if not isinstance(value, Tensor) or value.shape != (len(x),):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            states = (len(x), *self.event)
+            raise ValueError(f"expected log_density of shape ({len(x)},) for x of shape {states}, got {got}")
+        return value
 
 
 def times(matrix: Tensor, vector: Tensor) -> Tensor:

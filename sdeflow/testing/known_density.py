@@ -50,16 +50,24 @@ def density_identities(at: Setting, claimed_score: Callable[[Tensor, Tensor], Te
 
 
 def time_slope(flat: Flat, density: LogDensity, x: Tensor, t: Tensor) -> tuple[Tensor, str]:
-    """(d_t log p (n,), how): by autograd, or by differences of sixth order where the density has no graph in t."""
+    """(d_t log p (n,), how): as `clock_slope`."""
+    span = flat.sde.t1 - flat.sde.t0
+    slope, how = clock_slope(lambda clock: flat.log_density(density, x.detach(), clock)[:, None], t, span)
+    return slope.squeeze(1), how
+
+
+def clock_slope(values: Callable[[Tensor], Tensor], t: Tensor, span: float) -> tuple[Tensor, str]:
+    """(d_t values (n, k), how): by autograd, or by differences of sixth order where they have no graph in t (n, 1)."""
     clock = t.detach().clone().requires_grad_()
-    value = flat.log_density(density, x.detach(), clock)
+    value = values(clock)
     if value.requires_grad:
-        (slope,) = torch.autograd.grad(value.sum(), clock, allow_unused=True)
-        if slope is not None:
-            return slope.reshape(-1), "autograd"
-    h = _STEP * (flat.sde.t1 - flat.sde.t0)
+        ones = torch.eye(value.shape[1], dtype=value.dtype).unsqueeze(1).expand(-1, len(t), -1)
+        found = [torch.autograd.grad(value, clock, one, retain_graph=True, allow_unused=True)[0] for one in ones]
+        if found[0] is not None:
+            return torch.cat(found, dim=1), "autograd"
+    h = _STEP * span
     with torch.no_grad():
-        at = [flat.log_density(density, x.detach(), t + k * h) for k in (-3, -2, -1, 1, 2, 3)]
+        at = [values(t + k * h) for k in (-3, -2, -1, 1, 2, 3)]
     return (at[5] - at[0] - 9 * (at[4] - at[1]) + 45 * (at[3] - at[2])) / (60 * h), "differences"
 
 

@@ -132,6 +132,12 @@ _REACH = 3e-3
 """Of the differences, as a share of the room that a state has in the domain."""
 
 
+def reach(at: Setting) -> Tensor:
+    """The step (n, 1) of differences at the points: six of them stay inside the domain."""
+    low, high = at.sde.domain
+    return _REACH * torch.minimum(at.points - low, high - at.points).clamp(max=1.0).amin(1, keepdim=True)
+
+
 def derivatives(at: Setting) -> Finding:
     """Autograd's directional derivatives of drift and diffusion against differences of sixth order.
 
@@ -140,9 +146,7 @@ def derivatives(at: Setting) -> Finding:
     """
     generator = torch.Generator().manual_seed(11)
     direction = torch.randn(at.points.shape, generator=generator, dtype=torch.float64)
-    low, high = at.sde.domain
-    room = torch.minimum(at.points - low, high - at.points).clamp(max=1.0).amin(1, keepdim=True)
-    move = _REACH * room * direction / direction.abs().amax(1, keepdim=True)
+    move = reach(at) * direction / direction.abs().amax(1, keepdim=True)
 
     def values(x: Tensor) -> Tensor:
         return torch.cat([at.flat.drift(x, at.clock), at.flat.diffusion(x, at.clock).flatten(1)], dim=1)

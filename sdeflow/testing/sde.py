@@ -13,10 +13,11 @@ from sdeflow.checked import checked
 from sdeflow.gaussian import GaussianSDE
 from sdeflow.linear import LinearSDE
 from sdeflow.moments import mean_and_covariance, moments
-from sdeflow.problems import GaussianMixture
-from sdeflow.reverse import ReverseSDE
+from sdeflow.pushforward import Pushforward
 from sdeflow.sde import SDE
 from sdeflow.structure import Structure, linear_form, probe_event, probe_points, structure
+from sdeflow.testing.claimed_score import score_identities
+from sdeflow.testing.claims import Claims, declared_event, mixture_law
 from sdeflow.testing.fields import Flat, LogDensity, trial_density
 from sdeflow.testing.fokker_planck import grid_identity
 from sdeflow.testing.gaussian_law import GaussianLaw, Kernel, kernel_identities, kernel_of, scalar_identities
@@ -50,9 +51,11 @@ def check_sde(
 
     Args:
         log_density: log p_t(x), of x (n, *event) at t (n, 1, ..., 1), -> (n,), of the process's own law.
-        score: grad log p_t(x), as claimed; checked against log_density.
+        score: grad log p_t(x), as claimed, called as (x, t); checked against log_density, without one against the
+            gradient of the Fokker-Planck equation, which the score of every law of the process obeys.
         marginal: (mean, standard deviation) of x_t given x_0, called as (x0 (n, *event), t); the deviation broadcasts
-            against x0. Checked against the moment equations.
+            against x0. Checked against alpha x_0 and sigma of a `GaussianSDE`, else against the moment equations. The
+            method of a `LinearSDE` returns a factor of the covariance instead, as the library's does.
         reverse_drift, flow_drift: hand-written drifts (x, t, score value) of the reverse SDE (eta = 1) and of the
             probability flow, on the process's clock.
         event: the shape of one sample; None as in `structure`.
@@ -71,15 +74,18 @@ def check_sde(
     points, seed = int(points), int(seed)
     if not 1 <= points <= 1_000_000:
         raise ValueError(f"expected at least 1 point, and at most a million, got {points}")
-    event, known = _structure(sde, event)
-    claims = _Claims(sde, event, log_density, score, marginal, reverse_drift, flow_drift)
+    declared = declared_event(sde) if event is None else event
+    event, known = _structure(sde, declared)
+    hint = "" if declared is not None else f"; no event is declared or given: {event} was tried"
+    claims = Claims(sde, event, log_density, score, marginal, reverse_drift, flow_drift)
     x, t = _points(sde, event, points, seed)
     flat = Flat(sde, event)
     density = trial_density(flat.d, sde.domain, seed)
     at = Setting(flat, x.flatten(1), t.reshape(-1, 1), density)
     findings = [*_declared(sde, known), *_guarded("reversal", lambda: _reversal(at, claims))]
-    findings += _guarded("law", lambda: _law(sde, event, known, claims, points, seed))
-    findings += _guarded("kernel", lambda: _kernel(sde, flat, known, claims))
+    findings += _guarded("law", lambda: _law(sde, event, known, claims, points, seed), hint)
+    findings += _guarded("score", lambda: _score(at, claims), hint)
+    findings += _guarded("kernel", lambda: _kernel(sde, flat, known, claims), hint)
     if claims.density is None and not isinstance(sde, (GaussianSDE, LinearSDE)):
         findings += _guarded("grid", lambda: [_grid(sde, event, known)])
     return Report(_name(sde), tuple(findings), _facts(sde, known), pitfalls(sde, known))
@@ -97,45 +103,6 @@ def _structure(sde: SDE, event: tuple[int, ...] | None) -> tuple[tuple[int, ...]
         ) from error
 
 
-class _Claims:
-    """What is claimed of a process: by the arguments, else by its own methods."""
-
-    def __init__(self, sde: SDE, event: tuple[int, ...], *given: Any) -> None:
-        names = ("log_density", "score", "marginal", "reverse_drift", "flow_drift")
-        own = {} if isinstance(sde, (GaussianSDE, LinearSDE, ReverseSDE)) else {n: getattr(sde, n, None) for n in names}
-        found = [value if value is not None else own.get(name) for name, value in zip(names, given, strict=True)]
-        self.density, self.score, self.marginal, self.reverse_drift, self.flow_drift = found
-        self.other: LogDensity | None = None
-        if self.density is None and isinstance(sde, (GaussianSDE, LinearSDE)) and len(event) == 1:
-            self.density, self.other = (_mixture_law(sde, event[0], k) for k in (0, 1))
-        elif self.density is not None and hasattr(sde, "with_start") and hasattr(sde, "start"):
-            atoms = torch.as_tensor(sde.start, dtype=torch.float64)
-            if atoms.shape[-1] == 1:
-                try:
-                    self.other = sde.with_start(_moved(atoms, sde.domain)).log_density
-                except ValueError:
-                    self.other = None
-
-
-def _moved(atoms: Tensor, domain: tuple[float, float]) -> Tensor:
-    low, high = domain
-    if math.isinf(low) and math.isinf(high):
-        return atoms + 0.3
-    return atoms * 1.2 if math.isinf(high) else low + (atoms - low) * 0.8
-
-
-def _mixture_law(sde: Any, d: int, seed: int) -> LogDensity:
-    generator = torch.Generator().manual_seed(50 + seed)
-    means = torch.randn(3, d, generator=generator, dtype=torch.float64)
-    roots = torch.eye(d, dtype=torch.float64) + 0.3 * torch.randn(3, d, d, generator=generator, dtype=torch.float64)
-    law = GaussianMixture(means, 0.3 * roots @ roots.mT, [0.3, 0.5, 0.2])
-
-    def log_density(x: Tensor, t: Tensor) -> Tensor:
-        return law.log_prob(x, sde, t)
-
-    return log_density
-
-
 def _name(sde: SDE) -> str:
     text = repr(sde)
     return type(sde).__name__ if text.startswith("<") else text
@@ -148,12 +115,12 @@ def _points(sde: SDE, event: tuple[int, ...], count: int, seed: int) -> tuple[Te
     return (x if onto is None else onto(x)), t
 
 
-def _guarded(what: str, run: Callable[[], list[Finding]]) -> list[Finding]:
+def _guarded(what: str, run: Callable[[], list[Finding]], hint: str = "") -> list[Finding]:
     """The findings, or one that says why there are none: a user's function may fail in any way."""
     try:
         return run()
     except Exception as error:  # reported, not swallowed: it is a failed identity
-        text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        text = f"{type(error).__name__}: {error}".splitlines()[0][:300] + hint
         return [Finding.of(f"{what}: evaluation", "runs on float64 tensors with gradients", math.inf, 0.0, {}, text)]
 
 
@@ -185,22 +152,28 @@ class _Undeclared(SDE):
         return self.base.diffusion(x, t)
 
 
-def _reversal(at: Setting, claims: _Claims) -> list[Finding]:
+def _reversal(at: Setting, claims: Claims) -> list[Finding]:
     return reversal_identities(at, claims.reverse_drift, claims.flow_drift)
 
 
-def _law(sde: SDE, event: tuple[int, ...], known: Structure, claims: _Claims, points: int, seed: int) -> list[Finding]:
+def _score(at: Setting, claims: Claims) -> list[Finding]:
+    """A score without a density: no trial density has it, nor that of the library's mixture data."""
+    return [] if claims.score is None or claims.claimed_density is not None else score_identities(at, claims.score)
+
+
+def _law(sde: SDE, event: tuple[int, ...], known: Structure, claims: Claims, points: int, seed: int) -> list[Finding]:
     if claims.density is None:
-        why = "no law is known: give log_density (the reversal was tested on trial densities)"
+        give = "log_density, or law= to the Pushforward" if isinstance(sde, Pushforward) else "log_density"
+        why = f"no law is known: give {give} (the reversal was tested on trial densities)"
         return [Finding.skipped("Fokker-Planck of the law", "d_t log p = FP(f, D) p / p", why)]
     x, t = _points(sde, event, points, seed + 1)
     at = Setting(Flat(sde, event), x.flatten(1), t.reshape(-1, 1), claims.density)
-    findings = density_identities(at, claims.score)
+    findings = density_identities(at, None if claims.claimed_density is None else claims.score)
     if event == (1,) or (known.own_coordinate and _accepts_line(sde)):
         x, t = _points(sde, (1,), points, seed + 2)
         density, other = claims.density, claims.other
         if isinstance(sde, (GaussianSDE, LinearSDE)) and event != (1,):
-            density, other = (_mixture_law(sde, 1, k) for k in (0, 1))
+            density, other = (mixture_law(sde, 1, k) for k in (0, 1))
         elif event != (1,):
             return findings
         line = Setting(Flat(sde, (1,)), x, t.reshape(-1, 1), density)
@@ -233,7 +206,7 @@ def _accepts_line(sde: SDE) -> bool:
     return True
 
 
-def _kernel(sde: SDE, flat: Flat, known: Structure, claims: _Claims) -> list[Finding]:
+def _kernel(sde: SDE, flat: Flat, known: Structure, claims: Claims) -> list[Finding]:
     findings = []
     kernel: Kernel | None = kernel_of(sde, flat.event)
     if kernel is None and known.affine and known.additive and len(flat.event) == 1:
@@ -242,43 +215,65 @@ def _kernel(sde: SDE, flat: Flat, known: Structure, claims: _Claims) -> list[Fin
         findings += kernel_identities(GaussianLaw(flat, kernel))
     if isinstance(sde, GaussianSDE):
         findings += scalar_identities(sde)
-    if known.polynomial and (claims.marginal is not None or kernel is not None):
-        findings.append(_marginal(sde, flat, known, claims.marginal, kernel))
+    if known.polynomial and kernel is not None:
+        findings.append(_kernel_moments(sde, flat, known, kernel))
+    if claims.marginal is not None and known.polynomial:
+        findings.append(_marginal(sde, flat, known, claims))
     elif claims.marginal is not None:
         why = "the moments of this process obey no closed equations"
         findings.append(Finding.skipped("claimed marginal", "mean and deviation = moment equations", why))
-    elif known.polynomial:
+    elif known.polynomial and kernel is None:
         findings.append(Finding.skipped("claimed marginal", "mean and deviation = moment equations", "none is claimed"))
     return findings
 
 
-def _marginal(
-    sde: SDE, flat: Flat, known: Structure, marginal: Callable[..., Any] | None, kernel: Kernel | None
-) -> Finding:
+def _marginal(sde: SDE, flat: Flat, known: Structure, claims: Claims) -> Finding:
+    """The claimed mean and deviation against those that a Gaussian process declares, else the moment equations."""
+    t = sde.t0 + 0.7 * (sde.smooth_window[1] - sde.t0)
+    x0, _ = probe_points(sde, flat.event, 4, tails=False, seed=9)
+    if isinstance(sde, GaussianSDE):
+        formula = "mean and deviation of x_t given x_0 = alpha x_0, sigma"
+        mean = float(sde.alpha(t)) * x0.flatten(1)
+        covariance = float(sde.sigma(t)) ** 2 * torch.eye(flat.d, dtype=torch.float64).expand(4, -1, -1)
+    else:
+        formula = "mean and deviation of x_t given x_0 = moment equations"
+        mean, covariance = mean_and_covariance(*moments(sde, x0, t, s=sde.t0, structure=known))
+    assert claims.marginal is not None
+    claimed, std = (torch.as_tensor(v, dtype=torch.float64) for v in claims.marginal(x0, t))
+    if claims.factor:  # of the first dimension of the event
+        copies = torch.eye(flat.d // flat.event[0], dtype=torch.float64)
+        spread = torch.kron(std @ std.mT, copies).expand(len(x0), flat.d, flat.d)
+    else:
+        spread = torch.diag_embed(std.expand(x0.shape).flatten(1) ** 2)
+    gaps = _moment_gaps(claimed.expand(x0.shape).flatten(1), spread, mean, covariance)
+    return _worst_moment("claimed marginal", formula, gaps, x0, t)
+
+
+def _kernel_moments(sde: SDE, flat: Flat, known: Structure, kernel: Kernel) -> Finding:
     low, high = sde.smooth_window
-    # a claimed marginal starts at t0; the kernel is asked from inside, where no coefficient is singular
-    s = sde.t0 if marginal is not None else low + 0.1 * (high - low)
+    s = low + 0.1 * (high - low)  # inside, where no coefficient is singular
     t = s + 0.7 * (high - s)
     x0, _ = probe_points(sde, flat.event, 4, tails=False, seed=9)
-    mean, covariance = mean_and_covariance(*moments(sde, x0, t, s=s, structure=known))
-    if marginal is not None:
-        claimed, std = (torch.as_tensor(v, dtype=torch.float64) for v in marginal(x0, t))
-        claimed = claimed.expand(x0.shape).flatten(1)
-        spread = torch.diag_embed(std.expand(x0.shape).flatten(1) ** 2)
-        name, formula = "claimed marginal", "mean and deviation of x_t given x_0 = moment equations"
-    else:
-        assert kernel is not None
-        phi, shift, q = kernel(s, t)
-        claimed, spread = x0.flatten(1) @ phi.T + shift, q.expand(len(x0), *q.shape)
-        name, formula = "kernel and moments", "Phi x_0 + shift, Q = moment equations of the generator"
-    gaps = torch.stack([
-        (claimed - mean).abs().amax(1) / (1 + mean.abs().amax(1)),
+    phi, shift, q = kernel(s, t)
+    wanted = mean_and_covariance(*moments(sde, x0, t, s=s, structure=known))
+    gaps = _moment_gaps(x0.flatten(1) @ phi.T + shift, q.expand(len(x0), *q.shape), *wanted)
+    formula = "Phi x_0 + shift, Q = moment equations of the generator"
+    return _worst_moment("kernel and moments", formula, gaps, x0, t)
+
+
+def _moment_gaps(got: Tensor, spread: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
+    """Relative, a sample."""
+    return torch.stack([
+        (got - mean).abs().amax(1) / (1 + mean.abs().amax(1)),
         (spread - covariance).abs().amax((1, 2)) / (1e-12 + covariance.abs().amax((1, 2))),
     ]).amax(0)  # fmt: skip
+
+
+def _worst_moment(identity: str, formula: str, gaps: Tensor, x0: Tensor, t: float) -> Finding:
     place = int(gaps.argmax())
     where = {"x0": x0[place].flatten().tolist(), "t": t}
     note = "a standard deviation for a variance? sub-VP has sigma = 1 - alpha^2, not its root"
-    return Finding.of(name, formula, float(gaps[place]), 1e-7, where, note)
+    return Finding.of(identity, formula, float(gaps[place]), 1e-7, where, note)
 
 
 def _grid(sde: SDE, event: tuple[int, ...], known: Structure) -> Finding:
