@@ -153,6 +153,14 @@ def test_the_emitted_tests_pass_and_fail_as_the_sde_does(folder):
         assert " passed" in ran.stdout, ran.stdout[-2000:]
 
 
+def test_the_emitted_tests_are_not_written_over_the_source(folder):
+    source = (folder / "mine.py").read_text()
+    done = call("mine.py:Population", "--emit-tests", folder / "mine.py")
+    assert done.exit_code == 1
+    assert "is read, and would be written over" in done.output
+    assert (folder / "mine.py").read_text() == source
+
+
 def test_the_emitted_tests_of_a_module(folder):
     sys.path.insert(0, str(folder))
     try:

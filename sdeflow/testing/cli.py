@@ -10,6 +10,7 @@ import typer
 from sdeflow.checkpoints import write_atomically
 from sdeflow.cli_options import AsJson, Seed, check_file
 from sdeflow.cli_outcome import running, say_json
+from sdeflow.files import check_not_read
 from sdeflow.sde import SDE
 from sdeflow.testing.emit import emitted
 from sdeflow.testing.sde import check_sde
@@ -37,6 +38,7 @@ def check_command(
     with running(context, lambda: "nothing was written; to start anew: {again}", as_json=as_json):
         if emit_tests is not None:
             check_file(emit_tests)
+            check_not_read(emit_tests, [target.rpartition(":")[0]])
         sde = as_sde(find(target, SDE), target)
         report = check_sde(sde, event=_shape(event), points=points, seed=seed)
         if emit_tests is not None:
