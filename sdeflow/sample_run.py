@@ -17,16 +17,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sdeflow.checked import checked, described
+from sdeflow.checked import checked
 from sdeflow.checkpoints import write_atomically
 from sdeflow.columns import FORMATS, Format
 from sdeflow.dataset import MANIFEST, Dataset
 from sdeflow.engine.base import Engine
 from sdeflow.identity import POINTS, of_model, said
 from sdeflow.model import Model
+from sdeflow.reverse import Eta
 from sdeflow.sampling import sample
 from sdeflow.shard_run import MOST_SAMPLES, own_folder, run_shards
 from sdeflow.solution import Solution
+from sdeflow.solve_input import Grid, Save
 from sdeflow.solvers.base import Solver
 
 _SHOWN = 100
@@ -46,7 +48,7 @@ class SampleWork:
 
     def __call__(self, first: int, count: int) -> Solution:
         if not self._ready:  # once in each worker, where the device is
-            device, net = self.how.get("device"), self.model.net
+            device, net = self.how["device"], self.model.net
             if device is not None and isinstance(net, nn.Module):
                 net.to(device)
             self._ready = True
@@ -57,7 +59,7 @@ class SampleWork:
 
     def _labels(self, first: int, count: int) -> Tensor:
         assert self.labels is not None
-        return self.labels[first : first + count].to(self.how.get("device") or "cpu")
+        return self.labels[first : first + count].to(self.how["device"] or "cpu")
 
 
 @checked
@@ -68,6 +70,17 @@ def sample_to(
     *,
     shape: tuple[int, ...],
     solver: Solver | Literal["auto"] = "auto",
+    steps: int | None = None,
+    eta: Eta = 0.0,
+    grid: Grid | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    t_span: tuple[float, float] | None = None,
+    final: Literal["stay", "denoise", "zero"] = "stay",
+    save: Save = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    compiled: bool = False,
     labels: Tensor | None = None,
     chunk: int = 256,
     seed: int = 0,
@@ -77,7 +90,6 @@ def sample_to(
     merge: bool = True,
     threads: int = 1,
     on_chunk: Callable[[int], None] | None = None,
-    **how: Any,
 ) -> Path:
     """`num` samples in the folder `out`, as `sample` gives them for `chunk` at a time; the file that holds them.
 
@@ -87,6 +99,7 @@ def sample_to(
 
     Args:
         out: made if it is not there. A folder that holds another run is refused.
+        solver, steps, eta, grid, rtol, atol, t_span, final, save, dtype, device, compiled: as in `sample`.
         labels: int64 (num,), bound as `label`; None for a model without.
         chunk: samples a batch; a part of what the bits depend on.
         kind: of the files: npz, safetensors, or parquet, a table with a column a number.
@@ -95,7 +108,6 @@ def sample_to(
         merge: one file at the end; False leaves the shards (the path returned is then the manifest's).
         threads: of torch while a chunk is computed; a part of what the bits depend on.
         on_chunk: called with the number of samples that are finished.
-        how: as in `sample`: steps, eta, grid, rtol, final, dtype, device, ...
 
     Raises:
         ValueError: arguments that do not fit, or a folder with samples of another run.
@@ -107,10 +119,12 @@ def sample_to(
         raise ValueError(f"expected the format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, got {kind!r}")
     if labels is not None and (labels.dtype != torch.int64 or labels.shape != (num,)):
         raise ValueError(f"expected int64 labels ({num},), got {labels.dtype} of shape {tuple(labels.shape)}")
-    if not isinstance(how.get("dtype"), torch.dtype | None):
-        raise TypeError(f"expected dtype as a torch.dtype or None, got {described(how['dtype'])}")
+    how = {
+        "steps": steps, "eta": eta, "grid": grid, "rtol": rtol, "atol": atol, "t_span": t_span, "final": final,
+        "save": save, "dtype": dtype, "device": device, "compiled": compiled,
+    }  # fmt: skip
     about = _about(model, shape, solver, seed, labels, threads, how)
-    width = {torch.float64: 8, torch.float16: 2, torch.bfloat16: 2}.get(how.get("dtype") or torch.float32, 4)
+    width = {torch.float64: 8, torch.float16: 2, torch.bfloat16: 2}.get(dtype or torch.float32, 4)
     with own_folder(out) as folder:
         outcome = run_shards(
             SampleWork(model, tuple(shape), solver, seed, labels, how), num, block=chunk, about=about, out=folder,
@@ -119,10 +133,10 @@ def sample_to(
         )  # fmt: skip
         dataset = outcome.dataset
         assert dataset is not None
-        final = dataset.merge_into(f"samples.{kind}", kind) if merge else folder / MANIFEST
+        file = dataset.merge_into(f"samples.{kind}", kind) if merge else folder / MANIFEST
         if len(shape) == 3 and shape[0] in (1, 3) and kind != "parquet" and not (folder / "samples.png").exists():
             write_atomically(folder / "samples.png", picture(_first(dataset)))
-    return final
+    return file
 
 
 def _first(dataset: Dataset) -> Tensor:
@@ -146,7 +160,7 @@ def _about(
 ) -> dict[str, Any]:  # fmt: skip
     """All that the bits of the samples depend on, but for their number and the chunk."""
     asked = model if labels is None else model.bind(label=labels[torch.arange(POINTS) % len(labels)])
-    dtype, device = how.get("dtype") or torch.float32, how.get("device") or "cpu"
+    dtype, device = how["dtype"] or torch.float32, how["device"] or "cpu"
     try:
         x = model.gaussian.prior_sample((POINTS, *shape), 0, dtype=dtype, device=device)
     except RuntimeError:  # no such device here: it is where the workers are

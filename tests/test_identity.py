@@ -256,7 +256,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
 def test_what_is_refused_leaves_no_folder(tmp_path):
     with pytest.raises(TypeError, match="steps"):
         sf.sample_to(tmp_path / "a", mixture([-1.0, 0.5], [1.5, 0.0]), 32, **{**SAMPLES, "steps": "three"})
-    with pytest.raises(ValueError, match="expected numbers"):
+    with pytest.raises(ValueError, match="expected eta as a number"):
         sf.sample_to(tmp_path / "a", mixture([-1.0, 0.5], [1.5, 0.0]), 32, eta=torch.ones(2, device="meta"), **SAMPLES)
     with pytest.raises(ValueError, match="steps"):
         sf.ensemble(Well(), torch.zeros(1), 64, steps=-4, out=tmp_path / "a", statistics={"a": Moments()})
