@@ -15,6 +15,7 @@ from sdeflow.checked import checked, event_shape
 from sdeflow.engine.base import Engine
 from sdeflow.expectation.allocation import LEAST, Sampled, Term, sample_terms
 from sdeflow.expectation.antithetic import Pairs
+from sdeflow.expectation.arguments import METHODS, check
 from sdeflow.expectation.estimate import Candidate, Expectation, Method, quantile
 from sdeflow.expectation.multilevel import best_start, halved, shown, to_the_exact_law
 from sdeflow.expectation.multilevel import work as work_of
@@ -31,7 +32,6 @@ from sdeflow.sde import Problem
 from sdeflow.solve_input import Grid, Save
 from sdeflow.solvers.base import Solver
 
-METHODS: tuple[Method, ...] = ("plain", "antithetic", "sobol", "control", "multilevel")
 _WHOLE: tuple[Method, ...] = ("antithetic", "control", "multilevel")
 """Methods whose units are made of several solves. A unit left out where one of them fails leaves out others that did
 not: what remains is not the mean over the samples that finished."""
@@ -119,7 +119,7 @@ def expect(
         ValueError, TypeError: arguments that do not fit, or a method that this problem does not admit.
         ArithmeticError: samples failed.
     """
-    _check(tol, num, confidence, method, pilot, batch, max_num, coarsest, dimension)
+    check(tol, num, confidence, method, pilot, batch, max_num, coarsest, dimension)
     shape = None if shape is None else event_shape(shape, max(pilot, min(batch, num or batch)))
     made = simulation(
         functional, problem, x, solver, shape=shape, steps=steps, grid=grid, rtol=rtol, atol=atol, t_span=t_span,
@@ -360,31 +360,6 @@ class _Run:
             "multilevel", terms, found.sampled, pilot.calls, (pilot.plain.row, row), shown(terms, found.sampled),
             bias=found.bias, rates=found.rates,
         )  # fmt: skip
-
-
-_LEAST_TOL = 1e-100
-_MOST = {"num": 10**12, "pilot": 10**7, "batch": 1 << 30, "max_num": 10**15, "coarsest": 10**7, "dimension": 21201}
-"""What a call can finish or hold; of Sobol points torch has 21201 dimensions."""
-
-
-def _check(
-    tol: float | None, num: int | None, confidence: float, method: str, pilot: int, batch: int, max_num: int,
-    coarsest: int, dimension: int,
-) -> None:  # fmt: skip
-    if (tol is None) == (num is None):
-        raise ValueError(f"expected tol or num, one of the two, got tol={tol!r} and num={num!r}")
-    if tol is not None and not _LEAST_TOL <= tol <= 1 / _LEAST_TOL:
-        raise ValueError(f"expected tol > 0, from {_LEAST_TOL:g} to {1 / _LEAST_TOL:g}, got {tol!r}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"expected confidence in (0, 1), got {confidence!r}")
-    if method != "auto" and method not in METHODS:
-        raise ValueError(f'expected method "auto" or one of {", ".join(METHODS)}, got {method!r}')
-    least = {"num": (num, 2), "pilot": (pilot, 64), "batch": (batch, 1), "max_num": (max_num, 2)}
-    least |= {"coarsest": (coarsest, 1), "dimension": (dimension, 1)}
-    for name, (value, low) in least.items():
-        most = _MOST[name]
-        if value is not None and not low <= value <= most:
-            raise ValueError(f"expected {name} as an integer >= {low}, got {value!r} (at most {most})")
 
 
 def _levels(
