@@ -148,6 +148,22 @@ def _exact_run(seed: int) -> Expectation:
     return sf.expect(call_payoff, geometric(), ONE, EulerMaruyama(), tol=0.05, seed=seed, pilot=512)
 
 
+def stays_above(xs: Tensor, ts: Tensor) -> Tensor:
+    """1 where a path of saved states stays above 0.8."""
+    return (xs.amin(0)[:, 0] > 0.8).to(F64)
+
+
+def stays_above_exact() -> float:
+    """Its mean for the path itself, from 1 over [0, 1]: log X is a Brownian motion with drift (its reflection)."""
+    drift, low = MU - 0.5 * SIGMA**2, math.log(0.8)
+    mirrored = math.exp(2 * drift * low / SIGMA**2) * norm.cdf((low + drift) / SIGMA)
+    return float(norm.cdf((drift - low) / SIGMA) - mirrored)
+
+
+def _barrier_run(seed: int) -> Expectation:
+    return sf.expect(stays_above, geometric(), ONE, EulerMaruyama(), save=True, tol=0.1, seed=seed, pilot=512)
+
+
 def _flow_run(seed: int, *, method: Asked, model: sf.Model) -> Expectation:
     return sf.expect(
         square, model, solver=DPMSolverPP(2), shape=(1,), tol=0.02, method=method, seed=seed, pilot=512, dtype=F64,
@@ -164,6 +180,7 @@ def coverage_runs() -> dict[str, tuple[Callable[[int], Expectation], float]]:
         run = partial(_euler_run, method=method, functional=square, tol=0.12)
         found[f"GBM, x^2, 8 Euler steps: {method}"] = run, euler_square(8)
     found["GBM, call, exact law: multilevel"] = _exact_run, black_scholes()
+    found["GBM, stays above 0.8, exact law: multilevel"] = _barrier_run, stays_above_exact()
     model = line_mixture().model(sf.VP())
     found["mixture, x^2, exact law: multilevel"] = partial(_flow_run, method="auto", model=model), line_square()
     return found

@@ -7,8 +7,12 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import signal
+import socket
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ import torch
 import sdeflow as sf
 from sdeflow.columns import added, content_of, packed, unpacked
 from sdeflow.dataset import Dataset, Shard, gaps
-from sdeflow.engine import Engine, EngineError, Local, Ray, named
+from sdeflow.engine import Engine, EngineError, Local, Ray, local, named, on_ray
 from sdeflow.ensemble import PriorStart, ensemble
 from sdeflow.sample_run import sample_to
 from sdeflow.statistics import Functional, Histogram, Moments, Quantiles
@@ -51,8 +55,15 @@ class Shuffled(Engine):
             yield items[k], work(items[k])
 
 
+EXPECT = {"tol": 0.02, "method": "multilevel", "steps": 8, "pilot": 64, "batch": 256}
+
+
 def square(k):
     return k * k, os.getpid()
+
+
+def _first(x):
+    return x[:, 0]
 
 
 def die_once(item):
@@ -102,8 +113,102 @@ def test_a_pool_replaces_a_process_that_dies(tmp_path):
 
 @pytest.mark.slow
 def test_a_pool_gives_up_in_the_end():
-    with pytest.raises(EngineError, match="died 20 times"):
+    with pytest.raises(EngineError, match="died 3 times in a row"):
         list(Local(2).map(always_die, [1, 2]))
+
+
+class TwoParts(Exception):
+    """Is not made again from its own arguments: its pickle does not load."""
+
+    def __init__(self, a, b):
+        super().__init__(f"{a} and {b}")
+
+
+class Held(Exception):
+    """Has no pickle at all."""
+
+    def __init__(self):
+        super().__init__("held")
+        self.what = lambda: None
+
+
+def raising(k):
+    raise (KeyError("mine"), TwoParts("this", "that"), Held())[k]
+
+
+def test_a_pool_is_kept_for_several_maps_and_tells_every_error():
+    engine = Local(2)
+    with engine:
+        first = {pid for _, (_, pid) in engine.map(square, range(4))}
+        again = dict(engine.map(square, range(3, 40)))
+        assert {k: v for k, (v, _) in again.items()} == {k: k * k for k in range(3, 40)}
+        pids = first | {pid for _, pid in again.values()}
+        assert len(pids) <= 2
+        with pytest.raises(KeyError, match="mine") as caught:
+            list(engine.map(raising, [0]))
+        assert "in raising" in caught.value.__notes__[0]
+        for k, text in ((1, "TwoParts: this and that"), (2, "Held: held")):
+            with pytest.raises(EngineError, match=rf"(?s)an item failed in a process of the pool: {text}.*in raising"):
+                list(engine.map(raising, [k]))
+        expected = sf.expect(_first, Pull(), torch.ones(1), sf.solvers.EulerMaruyama(), **EXPECT)
+        found = sf.expect(_first, Pull(), torch.ones(1), sf.solvers.EulerMaruyama(), engine=engine, **EXPECT)
+        assert (found.mean, found.num) == (expected.mean, expected.num)
+        folder = engine._folder
+        assert {pid for _, (_, pid) in engine.map(square, range(40))} <= {
+            process for process in engine._pool._processes
+        }
+        assert list(folder.iterdir()) == []  # work that is done is not kept
+    assert not folder.exists()
+
+
+def test_a_program_from_standard_input_is_told_that_a_pool_needs_a_file(monkeypatch, tmp_path):
+    main = sys.modules["__main__"]
+    monkeypatch.setattr(main, "__spec__", None)
+    monkeypatch.setattr(main, "__file__", "<stdin>", raising=False)
+    with pytest.raises(EngineError, match="expected a program in a file, got <stdin>"):
+        list(Local(2).map(square, [1]))
+    work = tmp_path / "work"
+    work.write_bytes(pickle.dumps(square).replace(b"square", b"absent"))
+    outcome = local._compute(str(work), 1)  # as of a notebook's function, which a new process does not have
+    with pytest.raises(EngineError, match=r"cannot import what the work needs: .*absent.*; functions and classes must"):
+        local._value(outcome)
+
+
+_SLEEPER = """
+import os, time
+from sdeflow.engine import Local
+def sleep(k):
+    time.sleep(100)
+def pid(k):
+    return os.getpid()
+if __name__ == "__main__":
+    with Local(2) as engine:
+        print(*{pid for _, pid in engine.map(pid, range(8))}, flush=True)
+        list(engine.map(sleep, range(4)))
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_a_pool_end_with_their_parent(tmp_path):
+    script = tmp_path / "sleeper.py"
+    script.write_text(_SLEEPER)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as driver:
+        pids = [int(pid) for pid in driver.stdout.readline().split()]
+        driver.kill()
+    assert pids
+    for _ in range(100):
+        if not any(alive(pid) for pid in pids):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"still alive: {pids}")
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_what_work_raises_is_raised():
@@ -127,6 +232,13 @@ def test_engines_by_name(monkeypatch):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=text):
             call()
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # taken, but nobody listens
+        with pytest.raises(ConnectionError, match=r"no Ray answers at ray://127\.0\.0\.1:"):
+            on_ray._refuse_silent(f"ray://127.0.0.1:{held.getsockname()[1]}")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'needs Ray.s client: pip install "ray\[client\]"'):
+        named("ray", address="ray://head:10001")
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r'needs Ray: pip install "sdeflow\[ray\]"'):
         named("ray")
@@ -388,6 +500,8 @@ def test_ray_gives_the_same_bytes_although_its_workers_are_killed(tmp_path):
             list(engine.map(broken, [1]))
         with pytest.raises(EngineError, match="died over 0 times"):
             list(Ray(retries=0).map(always_die, [1]))
+        with pytest.raises(ValueError, match="a task asks for 64000 CPU and Ray on this machine has 2"):
+            Ray(cpus=64000)._refuse_more_than_there_is(ray)
     assert not ray.is_initialized()
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 
 import pytest
 import torch
 
-from sdeflow.statistics import Covariance, ExactSum, Frechet, Histogram, Moments, Quantiles
+from sdeflow.statistics import Covariance, ExactSum, Frechet, Functional, Histogram, Moments, Quantiles
 
 BIG = random.Random(0)
 
@@ -178,3 +179,46 @@ def test_what_statistics_refuse():
     one.add(torch.zeros(3, 2))
     with pytest.raises(ValueError, match=r"expected values of shape \(n, 2\), got \(3, 4\)"):
         one.add(torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Covariance(centre=5.0), lambda: Covariance(centre=torch.tensor([5.0])), Frechet]
+)
+def test_numbers_are_events_of_one_component(make):
+    x = 5 + torch.randn(100, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    one, other = make(), make()
+    one.add(x[:, None])
+    if getattr(one.centre, "ndim", 0) == 0:
+        other.add(x)
+        assert torch.equal(one.mean, other.mean)
+    torch.testing.assert_close(one.mean, x.mean()[None], rtol=1e-13, atol=0)
+
+
+def test_a_centre_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="a centre of 1 or 6 numbers"):
+        Covariance(centre=torch.ones(3)).add(torch.zeros(4, 2, 3))
+
+
+def widest(solution):
+    return solution.x
+
+
+def test_statistics_of_other_settings_do_not_merge():
+    net = torch.nn.Flatten()
+    kinds = [
+        lambda: Moments(4), lambda: Moments(4, centre=1.0), Covariance, Frechet, lambda: Frechet(net), Quantiles,
+        lambda: Quantiles(most=2e9), lambda: Histogram([0.0, 1.0, 2.0]), lambda: Histogram([0.0, 5.0, 9.0]),
+        lambda: Functional(widest, Moments()), lambda: Functional(widest, Moments(4)),
+        lambda: Functional(abs, Moments()),
+    ]  # fmt: skip
+    for k, make in enumerate(kinds):
+        one = make()
+        assert one.described() == make().described() == json.loads(json.dumps(one.described()))
+        one.merge(make())
+        for other in kinds[:k]:
+            assert other().described() != one.described()
+            with pytest.raises(ValueError, match="same settings"):
+                one.merge(other())
+    with pytest.raises(TypeError, match="expected a Moments to merge"):
+        Moments().merge(3)
+    assert Functional(widest, Moments()).described()["function"] == f"{__name__}.widest"

@@ -11,7 +11,10 @@ Outcome = TypeVar("Outcome")
 
 
 class EngineError(RuntimeError):
-    """Workers died more often than the engine tries again. What was delivered before stays delivered."""
+    """Workers died more often than the engine tries again, or raised what cannot be sent.
+
+    What was delivered before stays delivered.
+    """
 
 
 class Engine(ABC):
@@ -44,7 +47,7 @@ class Engine(ABC):
             memory: bytes that one item needs, for engines that place work by it; 0 when not known.
 
         Raises:
-            EngineError: workers die again and again.
+            EngineError: workers die again and again, or `work` raised an error that does not survive its pickle.
         """
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -30,8 +32,10 @@ class Ray(Engine):
         runtime_env: for Ray's workers, as in `ray.init`: for instance {"pip": ["sdeflow"]}.
 
     Raises:
-        ImportError: Ray is not installed.
-        ValueError: numbers that mean nothing, or workers with an address.
+        ImportError: Ray, or for an address ray:// its client, is not installed.
+        ValueError: numbers that mean nothing, workers with an address, or on entering a machine that has less than a
+            task asks for.
+        ConnectionError: nothing answers at the address.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class Ray(Engine):
         self.runtime_env = runtime_env
         self._users, self._ours = 0, False
         self._started = None if workers is None else checked_workers(workers)
+        if address is not None and address.startswith("ray://") and importlib.util.find_spec("grpc") is None:
+            raise ImportError(f'the address {address} needs Ray\'s client: pip install "ray[client]"')
         if address is None:  # read when Ray is imported: without it Ray of one machine listens to the network too
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         _ray()
@@ -100,6 +106,7 @@ class Ray(Engine):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would call home
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a task without a GPU keeps its variables
         if self.address is not None:
+            _refuse_silent(self.address)
             ray.init(address=self.address, log_to_driver=False, runtime_env=self.runtime_env)
             return
         env = dict(self.runtime_env or {})
@@ -110,6 +117,21 @@ class Ray(Engine):
             num_cpus=self._started, include_dashboard=False, log_to_driver=False, runtime_env=env,
             _node_ip_address="127.0.0.1",
         )  # fmt: skip
+        try:
+            self._refuse_more_than_there_is(ray)
+        except ValueError:
+            ray.shutdown()
+            raise
+
+    def _refuse_more_than_there_is(self, ray: Any) -> None:
+        """Nothing will be added to this machine: a task that asks for more would wait for ever."""
+        have = ray.cluster_resources()
+        for name, need in (("CPU", self.cpus), ("GPU", self.gpus)):
+            if have.get(name, 0.0) < need:
+                raise ValueError(
+                    f"a task asks for {need:g} {name} and Ray on this machine has {have.get(name, 0.0):g}: give fewer, "
+                    "or the address of a cluster"
+                )
 
     def _tasks(
         self, ray: Any, work: Callable[[Item], Outcome], items: Iterator[Item], memory: int
@@ -134,6 +156,21 @@ class Ray(Engine):
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from error
                 yield running.pop(one), outcome
+
+
+_PATIENCE = 5.0
+"""Seconds that an address may take to answer; Ray itself tries for over a minute."""
+
+
+def _refuse_silent(address: str) -> None:
+    """Refuse an address host:port at which nothing answers; other kinds are Ray's to judge."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(f"no Ray answers at {address}: {error}") from error
 
 
 @contextmanager

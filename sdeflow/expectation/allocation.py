@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.expectation.estimate import quantile, welch
-from sdeflow.expectation.sums import Drawn, Gather, Sums, Units, merge
+from sdeflow.expectation.sums import Drawn, Gather, SamplesFailed, Sums, Units, merge
 
 LEAST = 128
 """Units of a term, at least: what the normal law of its mean rests on."""
@@ -123,14 +123,19 @@ def sample_terms(
         dof = sum(own.good if own is not None else LEAST for own in sums) - 1
         z = float(quantile(confidence, torch.tensor([float(dof)], dtype=torch.float64)))
         wanted = numbers(variances, [term.cost for term in terms], (tol / z) ** 2)
-        wanted = [max(LEAST, n) for n in wanted]
+        # those that fail do not count
+        wanted = [math.ceil(max(LEAST, n) / _success(own)) for n, own in zip(wanted, sums, strict=True)]
         spent = sum(term.samples * n for term, n in zip(terms, wanted, strict=True))
         if spent > max_num:
             wanted = [max(LEAST, int(n * max_num / spent)) for n in wanted]
         for k, (term, own) in enumerate(zip(terms, sums, strict=True)):
             have = 0 if own is None else own.size
             if wanted[k] > have:
-                new = gather(term.units, have, wanted[k], term.block)
+                try:
+                    new = gather(term.units, have, wanted[k], term.block)
+                except SamplesFailed as error:
+                    error.calls += sum(part.calls for part in sums if part is not None)
+                    raise
                 sums[k] = new if own is None else merge(own, new)
         state = Sampled(tuple(own for own in sums if own is not None), False)
         if state.half(confidence) <= tol:
@@ -138,6 +143,11 @@ def sample_terms(
         if spent > max_num:
             break
     return state
+
+
+def _success(own: Sums | None) -> float:
+    """The share of units that did not fail."""
+    return max(own.good, 1) / own.size if own is not None else 1.0
 
 
 def _variance(term: Term, own: Sums | None) -> Tensor:

@@ -69,9 +69,9 @@ class Expectation:
         confidence: of each component's interval.
         dof: degrees of freedom of the Student quantile, of the shape of `mean`.
         num: samples simulated for the mean; those of the pilot come on top.
-        failed: of those, samples (pairs, points) that failed and are left out: the mean is then that of the others.
+        failed: of those, samples that failed and are left out: the mean is then that of the others.
         nfe: model calls, summed over samples, with the pilot's.
-        pilot_nfe: the pilot's.
+        pilot_nfe: the pilot's, and those of a method that was given up as samples failed.
         method: what was used.
         converged: whether the half-width is at most `tol`; True without one.
         tol: what was asked for.

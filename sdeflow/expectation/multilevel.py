@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from sdeflow.expectation.allocation import Sampled, Term, sample_terms, spread_of
+from sdeflow.expectation.bias import bias_bound, differences, fall, weak_order
 from sdeflow.expectation.estimate import Level
 from sdeflow.expectation.regions import of_level
 from sdeflow.expectation.simulation import Simulation
-from sdeflow.expectation.sums import Drawn, Gather
+from sdeflow.expectation.sums import Drawn, Gather, Sums, merge, sums_of
 
 BIAS_SHARE = 0.25
 """Of a tolerance on the exact law: what the bias may take."""
@@ -131,27 +132,29 @@ def to_the_exact_law(
     levels: Sequence[Simulation], drawn: Sequence[Drawn], first: int, tol: float, confidence: float, max_num: int,
     batch: int, gather: Gather,
 ) -> Exact:  # fmt: skip
-    """Add levels until the bias, extrapolated from the last differences, is at most `BIAS_SHARE` of `tol`.
+    """Add levels until the bias, extrapolated from the differences, is at most `BIAS_SHARE` of `tol`.
 
-    max over the last two levels of |E[P_l - P_(l-1)]| 2^(-alpha (L - l))/(2^alpha - 1), alpha fitted but at most 1, the
-    means with a standard error added (after Giles 2015, Multilevel Monte Carlo methods, section 3).
+    The bound is that of `sdeflow.expectation.bias`, for the smallest weak order that the differences leave possible.
     """
     known = terms_of(levels, drawn, first, batch)
+    tried = [sums_of(less(*pair)) for pair in zip(drawn[1:], drawn[:-1], strict=True)]
     terms = known[:3]
     state: Sampled | None = None
     while True:
         state = sample_terms(
             terms, (1 - BIAS_SHARE) * tol, confidence, max_num, gather, before=() if state is None else state.sums
         )
-        alpha, beta = rates(state)
-        bias = _bias(state, alpha)
+        seen = _pooled(tried, state.sums[1:], first)
+        beta = fall([float(own.variance.max()) for own in seen], 8.0)
+        means, errors = differences(seen, beta)
+        bias = bias_bound(means, errors, beta)
         finest = terms[-1].units
         assert isinstance(finest, Difference)
         assert finest.fine.steps is not None
         fine = finest.fine.steps
         small = bool((bias <= BIAS_SHARE * tol).all())
         if small or not state.reached or 2 * fine > _FINEST:
-            return Exact(terms, state, bias, (alpha, beta), small and state.reached)
+            return Exact(terms, state, bias, (weak_order(means, errors), beta), small and state.reached)
         if len(terms) < len(known):
             added = known[len(terms)]
         else:
@@ -160,6 +163,14 @@ def to_the_exact_law(
             spread = state.sums[-1].variance * 2**-beta
             added = Term(name_of(finer, finest.fine), units, 1, spread, 2 * terms[-1].cost, 0.0, batch)
         terms = _guarded([*terms, added], state, beta)
+
+
+def _pooled(pilot: Sequence[Sums], own: Sequence[Sums], first: int) -> list[Sums]:
+    """What is known of each difference, from the pilot too: also of those below the level `first` of the sum."""
+    finite = [bool(torch.isfinite(part.mean).all()) for part in pilot[:first]]
+    usable = pilot[max((k + 1 for k in range(first) if not finite[k]), default=0) : first]
+    both = [merge(part, pilot[first + k]) if first + k < len(pilot) else part for k, part in enumerate(own)]
+    return [*usable, *both]
 
 
 def _guarded(terms: list[Term], state: Sampled, beta: float) -> list[Term]:
@@ -172,33 +183,3 @@ def _guarded(terms: list[Term], state: Sampled, beta: float) -> list[Term]:
         own = state.sums[k - 1].variance if k - 1 < len(state.sums) else guarded[-1].variance
         guarded.append(dataclasses.replace(terms[k], floor=0.5 * own * 2**-beta))
     return guarded
-
-
-def rates(state: Sampled) -> tuple[float, float]:
-    """(alpha, beta): falls of |mean| and of the variance a level, fitted to the differences, at least 1/2."""
-    means = [float(own.mean.abs().max()) for own in state.sums[1:]]
-    variances = [float(own.variance.max()) for own in state.sums[1:]]
-    return _fall(means, 4.0), _fall(variances, 8.0)
-
-
-def _fall(values: Sequence[float], most: float) -> float:
-    positive = [max(v, 1e-300) for v in values]
-    if len(positive) < 2:
-        return 1.0
-    y = torch.tensor(positive, dtype=torch.float64).log2()
-    x = torch.arange(len(y), dtype=torch.float64)
-    slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
-    return min(max(-slope, 0.5), most)
-
-
-def _bias(state: Sampled, alpha: float) -> Tensor:
-    """Each difference with a standard error added; the order at most 1, however fast they seem to fall.
-
-    An order fitted to a few noisy differences can be much too high; at order 1 the bound is the last difference itself,
-    which for higher orders costs a level or two, where levels are cheapest.
-    """
-    alpha = min(alpha, 1.0)
-    sizes = [own.mean.abs() + (own.variance / own.good).sqrt() for own in state.sums[-2:]]
-    if len(state.sums) > 2:
-        return torch.maximum(sizes[1], sizes[0] * 2**-alpha) / (2**alpha - 1)
-    return sizes[1] / (2**alpha - 1)

@@ -79,6 +79,7 @@ class Pilot:
         batch: samples at once.
         throw: whether a failed sample is an error.
         calls: model calls made so far.
+        failed: of the samples of plain Monte Carlo, how many did.
     """
 
     simulation: Simulation
@@ -99,6 +100,8 @@ class Pilot:
             oks.append(solution.ok.cpu() & torch.isfinite(value).all(1))
             calls += float(nfe.sum()) if isinstance(nfe, Tensor) else float(nfe) * len(index)
         self.drawn = self._counted(Drawn(torch.cat(values), torch.cat(oks), calls))
+        self.failed = int((~self.drawn.ok).sum())
+        refuse_failed(self.failed, self.size, self.throw)
         self.states = torch.cat(states)[self.drawn.ok]
         good = self.drawn.values[self.drawn.ok]
         if len(good) < 2:
@@ -108,7 +111,6 @@ class Pilot:
         self.plain = Prepared(Candidate("plain", 1.0, 1.0, 1.0, 1.0), (term,))
 
     def _counted(self, drawn: Drawn) -> Drawn:
-        refuse_failed(int((~drawn.ok).sum()), len(drawn.ok), self.throw)
         self.calls += drawn.calls
         return drawn
 
@@ -139,6 +141,7 @@ class Pilot:
         """Opposite pairs."""
         count = max(2, self.size // 2)
         drawn = self._draw(Pairs(self.simulation, PILOT), count)
+        refuse_failed(int((~drawn.ok).sum()), count, True)
         units = Pairs(self.simulation)
         variance = drawn.values[drawn.ok].var(0)
         return self._prepared("antithetic", [
@@ -206,6 +209,9 @@ class Pilot:
         x, y = self.drawn, self._draw(_Costing(Plain(other, PILOT), control.call_cost), self.size)
         if x.values.shape != y.values.shape:
             raise ValueError(f"expected a control of {x.values.shape[1]} values a sample, got {y.values.shape[1]}")
+        bad = int((~y.ok).sum())
+        if bad:
+            raise NotApplicable(f"{bad} of {self.size} runs of the control failed, or its functional is not finite")
         slope = slope_of(x, y)
         joint = Drawn(x.values - slope * y.values, x.ok & y.ok, x.calls + y.calls)
         term = Term(

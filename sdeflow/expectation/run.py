@@ -15,6 +15,7 @@ from sdeflow.checked import checked, event_shape
 from sdeflow.engine.base import Engine
 from sdeflow.expectation.allocation import LEAST, Sampled, Term, sample_terms
 from sdeflow.expectation.antithetic import Pairs
+from sdeflow.expectation.arguments import METHODS, check
 from sdeflow.expectation.estimate import Candidate, Expectation, Method, quantile
 from sdeflow.expectation.multilevel import best_start, halved, shown, to_the_exact_law
 from sdeflow.expectation.multilevel import work as work_of
@@ -22,7 +23,7 @@ from sdeflow.expectation.pilot import Control, NotApplicable, Pilot, Prepared, c
 from sdeflow.expectation.plain import Plain
 from sdeflow.expectation.simulation import Functional, Simulation, StartMap, simulation
 from sdeflow.expectation.sobol import REPLICATES, Replicates, grown, skewed_quantile
-from sdeflow.expectation.sums import Gather, refuse_failed
+from sdeflow.expectation.sums import Gather, SamplesFailed, refuse_failed
 from sdeflow.model import Model
 from sdeflow.noise import checked_seed
 from sdeflow.plan import Plan
@@ -31,7 +32,10 @@ from sdeflow.sde import Problem
 from sdeflow.solve_input import Grid, Save
 from sdeflow.solvers.base import Solver
 
-METHODS: tuple[Method, ...] = ("plain", "antithetic", "sobol", "control", "multilevel")
+_WHOLE: tuple[Method, ...] = ("antithetic", "control", "multilevel")
+"""Methods whose units are made of several solves. A unit left out where one of them fails leaves out others that did
+not: what remains is not the mean over the samples that finished."""
+_CONDITIONAL = "samples failed: the mean over the others is that of plain Monte Carlo or of Sobol points"
 _PILOT_LEVELS = 5
 
 
@@ -97,8 +101,8 @@ def expect(
         levels: of "multilevel": numbers of steps, or (solver, steps), rising; the last is the law that is meant. None
             halves `steps` down to `coarsest`.
         coarsest: fewest steps of a level.
-        dimension: numbers that Sobol points lead: components of the start along the principal axes of the samples, then
-            nodes of the Brownian tree, the widest first.
+        dimension: numbers that Sobol points lead, at most 21201: components of the start along the principal axes of
+            the samples, then nodes of the Brownian tree, the widest first.
         control: a problem with the same noise, start and event whose functional is the control; None for the Gaussian
             map: the same reversal for Gaussian data of the pilot's moments, or the SDE linearised about its path
             without noise.
@@ -106,7 +110,8 @@ def expect(
         control_cost: of a call of the control, in calls of the problem. None: 0 beside a network, else 1.
         dtype, device: of the samples, as in `sample`; a start state has its own.
         throw: an ArithmeticError if a sample fails or its functional is not finite. False leaves those out: the mean is
-            then conditional on success, and `failed` counts them.
+            then conditional on success, and `failed` counts them. Only plain Monte Carlo and Sobol points have that
+            mean: where a sample fails, plain takes the place of other methods, and the pilot's row says so.
         engine: where samples are computed after the pilot, `sdeflow.engine.Ray(...)` for instance, a batch an item (but
             for Sobol points, which stay here); in this process unless given. The result is the same.
 
@@ -114,7 +119,7 @@ def expect(
         ValueError, TypeError: arguments that do not fit, or a method that this problem does not admit.
         ArithmeticError: samples failed.
     """
-    _check(tol, num, confidence, method, pilot, batch, max_num, coarsest, dimension)
+    check(tol, num, confidence, method, pilot, batch, max_num, coarsest, dimension)
     shape = None if shape is None else event_shape(shape, max(pilot, min(batch, num or batch)))
     made = simulation(
         functional, problem, x, solver, shape=shape, steps=steps, grid=grid, rtol=rtol, atol=atol, t_span=t_span,
@@ -134,7 +139,12 @@ def expect(
         if control is not None or control_mean is not None:
             raise ValueError("to the exact law only multilevel goes: expected steps, grid or rtol with control")
         with nullcontext() if engine is None else engine:
-            return run.to_the_exact_law(coarsest)
+            try:
+                return run.to_the_exact_law(coarsest)
+            except SamplesFailed as error:
+                if throw:
+                    raise
+                raise ArithmeticError(f"to the exact law: {_CONDITIONAL}; give steps ({error})") from error
     if not _random(made):
         raise ValueError("nothing is random: the start is one state, and the solver draws no noise")
     if num is not None and method == "multilevel":
@@ -164,12 +174,17 @@ class _Run:
 
     def by(self, method: str, control: Control, levels: list[tuple[Solver, int]], dimension: int) -> Expectation:
         """By one method, or by the best."""
-        if self.num is not None and method in ("plain", "antithetic"):
-            return self._number(method)
+        if self.num is not None and method == "antithetic":
+            return self._pairs()
+        if self.num is not None and method == "plain":
+            return self._number("plain")
         pilot = Pilot(self.simulation, self.pilot, self.batch, self.gather.throw)
         found, table = [pilot.plain], [pilot.plain.row]
         for name in METHODS[1:]:
             if method not in ("auto", name):
+                continue
+            if pilot.failed and name in _WHOLE:
+                table.append(not_tried(name, _CONDITIONAL))
                 continue
             try:
                 if name == "multilevel" and self.num is not None:
@@ -187,34 +202,62 @@ class _Run:
                 if method != "auto":
                     raise ValueError(f"{name}: {error}") from error
                 table.append(not_tried(name, str(error)))
+            except SamplesFailed:
+                if self.gather.throw:
+                    raise
+                table.append(not_tried(name, _CONDITIONAL))
         taken = chosen(found) if method == "auto" else found[-1]
         if taken.replicates is not None:
             return self._sobol(taken, taken.replicates, pilot.calls, tuple(table))
-        sampled = self._terms(taken.terms)
-        levels_shown = shown(taken.terms, sampled) if taken.row.method == "multilevel" else ()
-        return self._result(
-            taken.row.method, taken.terms, sampled, pilot.calls, tuple(table), levels_shown, taken.shift
-        )
+        try:
+            return self._taken(taken, pilot.calls, table)
+        except SamplesFailed as error:
+            name = taken.row.method
+            if name not in _WHOLE or (self.gather.throw and name != "control"):
+                raise
+            # of a control it may be the control that failed: plain Monte Carlo tells
+            rows = [dataclasses.replace(row, note=_CONDITIONAL) if row.method == name else row for row in table]
+            return self._taken(pilot.plain, pilot.calls + error.calls, rows)
 
-    def _number(self, method: str) -> Expectation:
+    def _taken(self, taken: Prepared, pilot_calls: float, table: Sequence[Candidate]) -> Expectation:
+        """By the terms of a method."""
+        method = taken.row.method
+        sampled = self._terms(taken.terms, self.whole if method in _WHOLE else self.gather)
+        levels_shown = shown(taken.terms, sampled) if method == "multilevel" else ()
+        return self._result(method, taken.terms, sampled, pilot_calls, tuple(table), levels_shown, taken.shift)
+
+    @property
+    def whole(self) -> Gather:
+        """For means of which no sample may be left out."""
+        return self.gather._replace(throw=True)
+
+    def _number(self, method: Method, pilot_calls: float = 0.0, table: tuple[Candidate, ...] = ()) -> Expectation:
+        """Of `num` samples, without a pilot."""
         assert self.num is not None
         units, samples = (Plain(self.simulation), 1) if method == "plain" else (Pairs(self.simulation), 2)
         block, count = max(1, self.batch // samples), max(2, self.num // samples)
-        own = self.gather(units, 0, count, block)
+        own = (self.whole if method in _WHOLE else self.gather)(units, 0, count, block)
         term = Term(method, units, samples, own.variance, own.calls / count, 0.0, block)
-        name: Method = "plain" if method == "plain" else "antithetic"
-        return self._result(name, [term], Sampled((own,), True), 0.0, ())
+        return self._result(method, [term], Sampled((own,), True), pilot_calls, table)
 
-    def _terms(self, terms: Sequence[Term]) -> Sampled:
+    def _pairs(self) -> Expectation:
+        try:
+            return self._number("antithetic")
+        except SamplesFailed as error:
+            if self.gather.throw:
+                raise
+            return self._number("plain", error.calls, (not_tried("antithetic", _CONDITIONAL),))
+
+    def _terms(self, terms: Sequence[Term], gather: Gather) -> Sampled:
         if self.tol is not None:
-            return sample_terms(terms, self.tol, self.confidence, self.max_num, self.gather)
+            return sample_terms(terms, self.tol, self.confidence, self.max_num, gather)
         assert self.num is not None
         first = max(2, self.num // terms[0].samples)
         sums = []
         for term in terms:  # the others in the best proportion to the first
             share = (term.variance / term.cost).sqrt() / (terms[0].variance / terms[0].cost).sqrt().clamp(min=1e-300)
             count = first if term is terms[0] else min(max(LEAST, math.ceil(first * float(share.max()))), 100 * first)
-            sums.append(self.gather(term.units, 0, count, term.block))
+            sums.append(gather(term.units, 0, count, term.block))
         return Sampled(tuple(sums), True)
 
     def _result(
@@ -298,11 +341,11 @@ class _Run:
         levels = [self.simulation.at(solver, coarsest << l) for l in range(_PILOT_LEVELS)]
         if not _random(levels[0]):
             raise ValueError("nothing is random: the start is one state, and the solver draws no noise")
-        pilot = Pilot(levels[-1], self.pilot, self.batch, self.gather.throw)
+        pilot = Pilot(levels[-1], self.pilot, self.batch, True)
         drawn = [*pilot.levels(levels[:-1]), pilot.drawn]
         first = best_start(levels, drawn, _PILOT_LEVELS - 3, self.batch)
         found = to_the_exact_law(
-            levels, drawn, first, self.tol, self.confidence, self.max_num, self.batch, self.gather
+            levels, drawn, first, self.tol, self.confidence, self.max_num, self.batch, self.whole
         )  # fmt: skip
         terms, sums = found.terms, found.sampled.sums
         # plain Monte Carlo at the last level's steps: its cost, and the pilot's variance, which hardly depends on them
@@ -317,31 +360,6 @@ class _Run:
             "multilevel", terms, found.sampled, pilot.calls, (pilot.plain.row, row), shown(terms, found.sampled),
             bias=found.bias, rates=found.rates,
         )  # fmt: skip
-
-
-_LEAST_TOL = 1e-100
-_MOST = {"num": 10**12, "pilot": 10**7, "batch": 1 << 30, "max_num": 10**15, "coarsest": 10**7, "dimension": 10**7}
-"""What a call can finish or hold."""
-
-
-def _check(
-    tol: float | None, num: int | None, confidence: float, method: str, pilot: int, batch: int, max_num: int,
-    coarsest: int, dimension: int,
-) -> None:  # fmt: skip
-    if (tol is None) == (num is None):
-        raise ValueError(f"expected tol or num, one of the two, got tol={tol!r} and num={num!r}")
-    if tol is not None and not _LEAST_TOL <= tol <= 1 / _LEAST_TOL:
-        raise ValueError(f"expected tol > 0, from {_LEAST_TOL:g} to {1 / _LEAST_TOL:g}, got {tol!r}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"expected confidence in (0, 1), got {confidence!r}")
-    if method != "auto" and method not in METHODS:
-        raise ValueError(f'expected method "auto" or one of {", ".join(METHODS)}, got {method!r}')
-    least = {"num": (num, 2), "pilot": (pilot, 64), "batch": (batch, 1), "max_num": (max_num, 2)}
-    least |= {"coarsest": (coarsest, 1), "dimension": (dimension, 1)}
-    for name, (value, low) in least.items():
-        most = _MOST[name]
-        if value is not None and not low <= value <= most:
-            raise ValueError(f"expected {name} as an integer >= {low}, got {value!r} (at most {most})")
 
 
 def _levels(

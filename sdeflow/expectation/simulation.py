@@ -129,9 +129,9 @@ class Simulation:
 
 def checked_values(value: object, batch: int) -> Tensor:
     """What a functional returned, as float64 (batch, k)."""
-    if not isinstance(value, Tensor) or value.ndim not in (1, 2) or value.shape[0] != batch:
+    if not isinstance(value, Tensor) or value.ndim not in (1, 2) or value.shape[0] != batch or value.shape[1:] == (0,):
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"the functional returned {got}: expected a tensor ({batch},) or ({batch}, k)")
+        raise ValueError(f"the functional returned {got}: expected a tensor ({batch},) or ({batch}, k), k >= 1")
     if not tensor(value):
         raise TypeError(f"the functional returned {described(value)}: expected real values")
     value = value.detach().to("cpu", torch.float64)

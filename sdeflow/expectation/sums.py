@@ -31,6 +31,18 @@ def concatenated(parts: Sequence[Drawn]) -> Drawn:
     return Drawn(torch.cat([p.values for p in parts]), torch.cat([p.ok for p in parts]), sum(p.calls for p in parts))
 
 
+class SamplesFailed(ArithmeticError):
+    """Units with a sample that failed, or a functional that is not finite.
+
+    Attributes:
+        calls: model calls made until then.
+    """
+
+    def __init__(self, message: str, calls: float = 0.0) -> None:
+        super().__init__(message)
+        self.calls = calls
+
+
 Units = Callable[[int, int], Drawn]
 """`units(a, b)`: the units of indices a..b-1; a pure function, so that any range can be computed anywhere."""
 
@@ -95,7 +107,7 @@ class Gather(NamedTuple):
         """The sums of the indices first..last-1, computed `block` at a time and joined in order.
 
         Raises:
-            ArithmeticError: a unit failed, and `throw` is set.
+            SamplesFailed: a unit failed, and `throw` is set.
         """
         ranges = ((a, min(a + block, last)) for a in range(first, last, block))
         work = partial(sums_in, units)
@@ -119,16 +131,17 @@ def joined(parts: Iterable[Sums], throw: bool) -> Sums:
     total: Sums | None = None
     for part in parts:
         total = part if total is None else merge(total, part)
-        refuse_failed(total.failed, total.size, throw)
+        refuse_failed(total.failed, total.size, throw, total.calls)
     assert total is not None
     return total
 
 
-def refuse_failed(failed: int, count: int, throw: bool) -> None:
-    """Raise if a unit failed and `throw` is set, or if all did."""
+def refuse_failed(failed: int, count: int, throw: bool, calls: float = 0.0) -> None:
+    """Raise if a unit failed and `throw` is set, or if all did; after so many model calls."""
     if failed and (throw or failed == count):
         way = "" if failed == count else "; pass throw=False to get the mean over the others, with their number"
-        raise ArithmeticError(
+        raise SamplesFailed(
             f"{failed} of {count} samples (or pairs) failed: the solve did not finish, or the functional is not "
-            f"finite{way}"
+            f"finite{way}",
+            calls,
         )

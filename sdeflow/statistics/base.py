@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdeflow.checked import described, tensor
 from sdeflow.solution import Solution
 
 
 class Statistic(ABC):
-    """An accumulator of values (n, *event). Give an empty one, with its settings; copies of it are filled."""
+    """An accumulator of values (n, *event). Give an empty one, with its settings; copies of it are filled.
+
+    Its settings are the arguments that it is made of, each an attribute of the same name.
+    """
 
     count: int
     """Samples taken so far."""
@@ -38,6 +42,24 @@ class Statistic(ABC):
     @abstractmethod
     def load(self, arrays: Mapping[str, Tensor]) -> None:
         """Hold what `arrays` gave."""
+
+    def described(self) -> dict[str, Any]:
+        """Its class and its settings as JSON: equal for statistics that merge, and the same in every process.
+
+        A function is its name, so that two lambdas of one place are the same.
+        """
+        kind = type(self)
+        names = [name for name in inspect.signature(kind).parameters if hasattr(self, name)]
+        made_of = {name: _said(getattr(self, name)) for name in names}
+        return {"class": f"{kind.__module__}.{kind.__qualname__}", **made_of}
+
+    def _refuse_other(self, other: Statistic) -> None:
+        """Refuse to merge with a statistic of another class, or of other settings."""
+        if not isinstance(other, Statistic):
+            raise TypeError(f"expected a {type(self).__name__} to merge, got {described(other)}")
+        own, its = self.described(), other.described()
+        if own != its:
+            raise ValueError(f"expected a statistic of the same settings to merge, {own}, got {its}")
 
     def take(self, solution: Solution, ok: Tensor) -> None:
         """Take the samples `ok` (n,) of a solution: their ends, unless it is a statistic of something else."""
@@ -82,6 +104,7 @@ class Functional(Statistic):
         self.statistic.add(value[ok])
 
     def merge(self, other: Self) -> None:
+        self._refuse_other(other)
         self.statistic.merge(other.statistic)
 
     def arrays(self) -> dict[str, Tensor]:
@@ -89,6 +112,19 @@ class Functional(Statistic):
 
     def load(self, arrays: Mapping[str, Tensor]) -> None:
         self.statistic.load(arrays)
+
+
+def _said(value: object) -> Any:
+    """A setting as JSON."""
+    from sdeflow.identity import said  # itself knows statistics
+
+    if isinstance(value, Statistic):
+        return value.described()
+    if isinstance(value, nn.Module):  # merging must not read its weights
+        return repr(value)
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return said(value)
 
 
 def checked_block(x: Tensor, event: tuple[int, ...] | None) -> Tensor:

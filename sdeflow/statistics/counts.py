@@ -48,12 +48,13 @@ class _Counts(Statistic):
         self.count += len(x)
 
     def merge(self, other: Self) -> None:
+        self._refuse_other(other)
         if other._event is None:
             return
         if self._event is None:
             self._event, self._counts = other._event, np.zeros_like(other._counts)
-        if other._event != self._event or other._counts.shape != self._counts.shape:
-            raise ValueError(f"expected counts of events {self._event} in {self._bins()} bins, got others")
+        if other._event != self._event:
+            raise ValueError(f"expected counts of events {self._event}, got {other._event}")
         self._counts += other._counts
         self.nans += other.nans
         self.count += other.count

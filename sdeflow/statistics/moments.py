@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Self
 
@@ -22,10 +21,6 @@ class _Sums(Statistic):
         self.count = 0
         self._sums: ExactSum | None = None
 
-    @abstractmethod
-    def _settings(self) -> tuple[object, ...]:
-        """What two must have in common to merge."""
-
     def _take(self, sums: Tensor, count: int) -> None:
         if self._sums is None:
             self._sums = ExactSum(tuple(sums.shape))
@@ -33,8 +28,7 @@ class _Sums(Statistic):
         self.count += count
 
     def merge(self, other: Self) -> None:
-        if type(other) is not type(self) or other._settings() != self._settings():
-            raise ValueError(f"expected a {type(self).__name__} of the same settings, got {other!r}")
+        self._refuse_other(other)
         if other._sums is None:
             return
         if self._sums is None:
@@ -71,6 +65,11 @@ def _centred(x: Tensor, centre: Tensor) -> Tensor:
     return x - centre
 
 
+def _rows(x: Tensor) -> Tensor:
+    """Events as rows (n, D); of numbers (n,), D = 1."""
+    return x.flatten(1) if x.ndim > 1 else x[:, None]
+
+
 @checked_class
 class Moments(_Sums):
     """Mean, variance, skewness and kurtosis of each component, from sums of (x - centre)^k, k = 1..order.
@@ -97,9 +96,6 @@ class Moments(_Sums):
         if len(x) == 0:
             return
         self._take(torch.stack([(x**k).sum(0) for k in range(1, self.order + 1)]), len(x))
-
-    def _settings(self) -> tuple[object, ...]:
-        return self.order, self.centre.tolist()
 
     def _raw(self, least: int) -> list[Tensor]:
         """E[(x - centre)^k], k = 1..order."""
@@ -159,15 +155,14 @@ class Covariance(_Sums):
         return type(self)(centre=self.centre)
 
     def add(self, x: Tensor) -> None:
+        x = _rows(_centred(checked_block(x, None), self.centre))
         if len(x) == 0:
             return
-        x = _centred(checked_block(x, None), self.centre).flatten(1) if x.ndim > 1 else checked_block(x, None)[:, None]
+        if self.centre.numel() not in (1, x.shape[1]):
+            raise ValueError(f"expected a centre of 1 or {x.shape[1]} numbers, got {tuple(self.centre.shape)}")
         if self._sums is not None and self._sums.shape[1] != x.shape[1]:
             raise ValueError(f"expected events of {self._sums.shape[1]} numbers, got {x.shape[1]}")
         self._take(torch.cat([x.sum(0)[None], x.T @ x]), len(x))
-
-    def _settings(self) -> tuple[object, ...]:
-        return (self.centre.tolist(),)
 
     @property
     def mean(self) -> Tensor:
@@ -185,9 +180,7 @@ class Covariance(_Sums):
         total = self._sums.value()
         mean = total[0] / self.count
         covariance = (total[1:] - self.count * torch.outer(mean, mean)) / (self.count - 1)
-        return mean + self.centre.expand(
-            mean.shape
-        ) if self.centre.ndim == 0 else mean + self.centre.flatten(), covariance
+        return mean + self.centre.flatten(), covariance
 
 
 @checked_class
@@ -207,14 +200,11 @@ class Frechet(Covariance):
     def empty(self) -> Self:
         return type(self)(self.features)
 
-    def _settings(self) -> tuple[object, ...]:
-        return ()  # features that traveled to a worker and back are no longer the same object
-
     def add(self, x: Tensor) -> None:
         if len(x) == 0:
             return
         with torch.no_grad():
-            value = x.flatten(1) if self.features is None else self.features(x)
+            value = _rows(x) if self.features is None else self.features(x)
         if not tensor(value) or value.ndim != 2 or len(value) != len(x):
             raise ValueError(f"expected features ({len(x)}, k), got {described(value)}")
         super().add(value)
