@@ -228,7 +228,7 @@ def run_shards(
             if on_done is not None:
                 on_done(finished)
     finally:
-        if folder is not None and empty:
+        if folder is not None and empty and done:
             _save(folder / _STATISTICS, filled, done, failed)
     if dataset is not None and store:
         dataset.finish()
@@ -239,7 +239,7 @@ def run_shards(
 
 @contextmanager
 def own_folder(out: str | Path) -> Iterator[Path]:
-    """A folder for one run at a time; one that was made for a run that ends before its first shard is gone again.
+    """A folder for one run at a time. A run that begins there and fails before its first shard leaves no trace.
 
     Raises:
         ValueError: another run is at work there.
@@ -247,12 +247,15 @@ def own_folder(out: str | Path) -> Iterator[Path]:
     folder = Path(out)
     existed = folder.exists()
     with alone_in(folder):
-        existed = existed or (folder / MANIFEST).exists()  # made by another run, meanwhile
+        begun = (folder / MANIFEST).exists()
         try:
             yield folder
         except Exception:
-            if not existed and not any((folder / SHARDS).glob("*")):
-                shutil.rmtree(folder, ignore_errors=True)
+            if not (begun or (folder / _STATISTICS).exists() or any((folder / SHARDS).glob("*"))):
+                shutil.rmtree(folder / SHARDS, ignore_errors=True)
+                (folder / MANIFEST).unlink(missing_ok=True)
+                if not existed:
+                    shutil.rmtree(folder, ignore_errors=True)
             raise
 
 

@@ -261,6 +261,33 @@ def test_what_is_refused_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError, match="steps"):
         sf.ensemble(Well(), torch.zeros(1), 64, steps=-4, out=tmp_path / "a", statistics={"a": Moments()})
     assert not (tmp_path / "a").exists()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "mine").touch()
+    with pytest.raises(ValueError, match="steps"):
+        sf.ensemble(Well(), torch.zeros(1), 64, steps=-4, out=tmp_path / "a", statistics={"a": Moments()})
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["mine"]
+    sf.ensemble(Well(), torch.zeros(1), 64, steps=4, out=tmp_path / "a", statistics={"a": Moments()})  # another run
+
+
+class Starts:
+    bad = False
+
+    def __call__(self, index):
+        if self.bad and 32 in index:
+            raise RuntimeError("a bad start")
+        return torch.zeros(len(index), 1)
+
+
+def test_what_was_finished_before_a_failure_is_kept(tmp_path):
+    how = {"steps": 4, "batch": 16, "shard": 16, "out": tmp_path / "a", "statistics": {"a": Moments()}}
+    start, seen = Starts(), []
+    start.bad = True
+    with pytest.raises(RuntimeError, match="a bad start"):
+        sf.ensemble(Well(), start, 64, on_done=seen.append, **how)
+    assert seen == [16, 32]
+    start.bad = False
+    assert sf.ensemble(Well(), start, 64, on_done=seen.append, **how)["a"].count == 64
+    assert seen == [16, 32, 32, 48, 64]
 
 
 def test_a_lost_file_is_not_counted_twice(tmp_path):
