@@ -37,8 +37,8 @@ PROBES = "behaviour"
 def said(value: Any, deep: int = _DEEP) -> Any:
     """A setting as JSON, the same in every process.
 
-    Tensors are hashed, functions of the user are their names and a hash of their code and of what they enclose, data
-    classes their fields; what else there is, is its text without addresses.
+    Tensors are hashed, functions of the user are their names and a hash of their code and of what they enclose, objects
+    their classes and what was given to them; what else there is, is its text without addresses.
 
     Raises:
         ValueError: a tensor without values.
@@ -75,6 +75,8 @@ def said(value: Any, deep: int = _DEEP) -> Any:
     if dataclasses.is_dataclass(value):
         fields = {f.name: inner(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
         return {"class": type(value).__qualname__, **fields}
+    if inspect.getattr_static(value, "__repr__") is object.__repr__ and hasattr(value, "__dict__"):
+        return _given(value, inner)
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -72,6 +73,11 @@ def lambda_free(net):
 # ---- settings
 
 
+class Given:
+    def __init__(self, value):
+        self.value = value
+
+
 @dataclasses.dataclass
 class Setting:
     value: object
@@ -88,6 +94,8 @@ class Setting:
         ([torch.ones(1)], [torch.zeros(1)]),
         ({"a": torch.ones(1)}, {"a": torch.zeros(1)}),
         (scaled(2.0), scaled(3.0)),
+        (types.SimpleNamespace(a=1), types.SimpleNamespace(a=2)),
+        (Given(1), Given(2)),
         (lambda x: x.amax(0), lambda x: x.amin(0)),
         (functools.partial(max, 1), functools.partial(max, 2)),
         (sf.grids.karras, sf.grids.uniform),
@@ -270,10 +278,10 @@ def test_what_is_refused_leaves_no_folder(tmp_path):
 
 
 class Starts:
-    bad = False
+    _bad = False
 
     def __call__(self, index):
-        if self.bad and 32 in index:
+        if self._bad and 32 in index:
             raise RuntimeError("a bad start")
         return torch.zeros(len(index), 1)
 
@@ -281,11 +289,11 @@ class Starts:
 def test_what_was_finished_before_a_failure_is_kept(tmp_path):
     how = {"steps": 4, "batch": 16, "shard": 16, "out": tmp_path / "a", "statistics": {"a": Moments()}}
     start, seen = Starts(), []
-    start.bad = True
+    start._bad = True
     with pytest.raises(RuntimeError, match="a bad start"):
         sf.ensemble(Well(), start, 64, on_done=seen.append, **how)
     assert seen == [16, 32]
-    start.bad = False
+    start._bad = False
     assert sf.ensemble(Well(), start, 64, on_done=seen.append, **how)["a"].count == 64
     assert seen == [16, 32, 32, 48, 64]
 
