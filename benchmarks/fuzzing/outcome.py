@@ -131,7 +131,7 @@ def _of_error(error: BaseException) -> Outcome:
     where, on_purpose = _origin(error)
     if on_purpose and type(error) is RuntimeError and str(error).startswith(("the network of", "the reference of")):
         return Outcome("the caller's error", text)  # `bench` tells of the caller's problem that it failed, and why
-    if on_purpose and isinstance(error, SamplesFailed):
+    if on_purpose and type(error) in (ArithmeticError, SamplesFailed):
         return Outcome("documented error", text)  # of `expect`: samples failed
     if isinstance(error, sf.testing.CheckError):
         return Outcome("documented error", text)
