@@ -7,6 +7,7 @@ down in full. What a closure or a class of the user computes is not seen by its 
 from __future__ import annotations
 
 import dataclasses
+import dis
 import hashlib
 import inspect
 import re
@@ -25,20 +26,24 @@ from sdeflow.model import Model
 from sdeflow.sde import Problem
 from sdeflow.statistics.base import Statistic
 
-_DEEP = 8
+_DEEP = 40
 POINTS = 4
 """Of each state that a model or a problem is asked at."""
-_DIGITS = {torch.float64: 1e-9, torch.float32: 1e-4}
+_SHARES = (0.02, 0.25, 0.5, 0.75, 0.98)
+"""Of the span: the times of the same."""
+_DIGITS = {torch.float64: 1e-11, torch.float32: 1e-5}
 """How far apart the same values may be, computed on two machines; 1e-2 in 16 bits."""
 PROBES = "behaviour"
 """The key of values that are compared as numbers."""
 
 
-def said(value: Any, deep: int = _DEEP) -> Any:
+def said(value: Any, path: tuple[int, ...] = ()) -> Any:
     """A setting as JSON, the same in every process.
 
-    Tensors are hashed, functions of the user are their names and a hash of their code and of what they enclose, objects
-    their classes and what was given to them; what else there is, is its text without addresses.
+    Tensors are hashed, functions and classes of the user are their names and a hash of their code, with what they
+    enclose and the numbers and functions of their module that they name; objects are their classes and what was given
+    to them; what else there is, is its text without addresses. What a run writes is no setting: attributes with an
+    underscore or that methods set, cached properties, dictionaries of an object.
 
     Raises:
         ValueError: a tensor without values.
@@ -49,32 +54,36 @@ def said(value: Any, deep: int = _DEEP) -> Any:
         return value.item()
     if isinstance(value, (Tensor, np.ndarray)):
         return _tensor(torch.as_tensor(value))
-    if deep == 0:
+    if id(value) in path or len(path) > _DEEP:
         return type(value).__qualname__
-    inner = partial(said, deep=deep - 1)
+    inner = partial(said, path=(*path, id(value)))
     if isinstance(value, Mapping):
         return {str(name): inner(value[name]) for name in sorted(value, key=str)}
     if isinstance(value, (list, tuple)):
         return [inner(v) for v in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((inner(v) for v in value), key=repr)
     if isinstance(value, partial):
         return ["partial", inner(value.func), inner(value.args), inner(value.keywords)]
     if inspect.ismethod(value):
-        return [value.__qualname__, inner(value.__self__)]
+        return [inner(value.__func__), inner(value.__self__)]
     if inspect.isfunction(value):
-        return _function(inspect.unwrap(value), inner)
+        return _function(value, inner)
+    if isinstance(value, type):
+        return _class(value, inner)
     if isinstance(value, nn.Module):
-        return [type(value).__qualname__, weights(value), inner(getattr(value, "config", None))]
+        parts = {type(part).__qualname__: _class(type(part), inner) for part in value.modules()}
+        order = [type(part).__qualname__ for part in value.modules()]
+        return [order, [parts[name] for name in sorted(parts)], weights(value), inner(getattr(value, "config", None))]
     if isinstance(value, Model):
         return _model(value, inner)
     if isinstance(value, Problem):
-        return _given(value, inner)
+        return {**_given(value, inner), "span": inner([value.t0, value.t1, *value.span])}
     if isinstance(value, Statistic):
         return _given(value.empty(), inner)
-    if isinstance(value, type):
-        return value.__qualname__
     if dataclasses.is_dataclass(value):
         fields = {f.name: inner(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        return {"class": type(value).__qualname__, **fields}
+        return {"class": inner(type(value)), **fields}
     if inspect.getattr_static(value, "__repr__") is object.__repr__ and hasattr(value, "__dict__"):
         return _given(value, inner)
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
@@ -118,25 +127,70 @@ def _model(model: Model, inner: Callable[[Any], Any]) -> dict[str, Any]:
 
 
 def _given(value: Any, inner: Callable[[Any], Any]) -> dict[str, Any]:
-    """Its class and what was given to it: what it keeps for itself has an underscore or is a cached property."""
+    """The class of an object, and what was given to it."""
     cls = type(value)
+    written = {name for base in _of_user(cls) for name in _written(base)}
     given = {
         name: inner(value)
         for name, value in sorted(vars(value).items())
-        if not name.startswith("_") and not isinstance(inspect.getattr_static(cls, name, None), cached_property)
-    }
-    return {"class": cls.__qualname__, **given}
+        if not name.startswith("_") and name not in written and not isinstance(value, dict)
+        and not isinstance(inspect.getattr_static(cls, name, None), cached_property)
+    }  # fmt: skip
+    return {"class": inner(cls), **given}
+
+
+def _of_user(cls: type) -> list[type]:
+    return [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("sdeflow", "torch", "builtins")]
+
+
+def _functions(cls: type) -> dict[str, types.FunctionType]:
+    """Its methods, properties and static functions, not those of its bases."""
+    found: dict[str, Any] = {}
+    for name, value in vars(cls).items():
+        for part in (value, *(getattr(value, slot, None) for slot in ("__func__", "fget", "func"))):
+            if inspect.isfunction(part):
+                found[name] = part
+    return found
+
+
+def _written(cls: type) -> set[str]:
+    """Attributes that its methods set, but for the constructor."""
+    methods = [f for name, f in _functions(cls).items() if name not in ("__init__", "__post_init__")]
+    return {i.argval for f in methods for i in dis.get_instructions(f) if i.opname == "STORE_ATTR"}
+
+
+def _class(cls: type, inner: Callable[[Any], Any]) -> Any:
+    """Its name; of a class of the user also what its methods do and the constants that it declares."""
+    own = _of_user(cls)
+    if not own:
+        return cls.__qualname__
+    code = [(name, _code(f.__code__)) for base in own for name, f in sorted(_functions(base).items())]
+    plain = (bool, int, float, str, tuple, Tensor)
+    declared = {
+        name: value for base in reversed(own) for name, value in vars(base).items()
+        if isinstance(value, plain) and not name.startswith("__")
+    }  # fmt: skip
+    return {"name": cls.__qualname__, "code": _digest(code), "declared": inner(declared)}
 
 
 def _function(function: types.FunctionType, inner: Callable[[Any], Any]) -> Any:
-    if (function.__module__ or "").partition(".")[0] == "sdeflow":
+    if (function.__module__ or "").partition(".")[0] in ("sdeflow", "torch"):
         return function.__qualname__
     cells = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
+    code = function.__code__
+    stored = {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_GLOBAL"}
+    named = {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
+    plain = (bool, int, float, str, tuple, Tensor, np.ndarray, types.FunctionType)
+    used = {name: value for name, value in named.items() if isinstance(value, plain) and name not in stored}
     return {
         "function": function.__qualname__,
-        "code": hashlib.sha256(repr(_code(function.__code__)).encode()).hexdigest()[:16],
-        "with": inner([*(function.__defaults__ or ()), *cells]),
+        "code": _digest(_code(code)),
+        "with": inner([*(function.__defaults__ or ()), function.__kwdefaults__, *cells, used]),
     }
+
+
+def _digest(code: Any) -> str:
+    return hashlib.sha256(repr(code).encode()).hexdigest()[:16]
 
 
 def _code(code: types.CodeType) -> list[Any]:
@@ -163,21 +217,23 @@ def _tensor(value: Tensor) -> list[Any]:
 
 
 def _probes(problem: Any, asked: Any, x: Tensor) -> dict[str, Any] | None:
-    """Values at x and three times: of the process, and of what is asked, if that has no network to be hashed."""
+    """Values at x and a few times, of the process and of what is asked; None where it cannot be asked, or is random."""
     root = problem
     while hasattr(root, "process"):
         root = root.process
     functions = [getattr(root, name) for name in ("drift", "diffusion") if hasattr(root, name)]
-    models = (asked,) if isinstance(asked, Model) else asked.models()
-    if models and not any(isinstance(model.net, nn.Module) for model in models):
+    if asked is not root:
         functions.append(asked.score if isinstance(asked, Model) else asked.drift)
     start, end = problem.span
+    times = [_time(start + share * (end - start)) for share in _SHARES]
     try:
         with torch.no_grad():
-            values = [f(x, _time(start + share * (end - start))) for share in (0.1, 0.5, 0.9) for f in functions]
+            once, again = ([f(x, t) for t in times for f in functions] for _ in range(2))
     except Exception:  # of the user's making, at points that are not of the run
         return None
-    return {"within": _DIGITS.get(x.dtype, 1e-2), "values": [number for value in values for number in _summary(value)]}
+    probes = [{"within": _DIGITS.get(x.dtype, 1e-2), "values": [number for v in values for number in _summary(v)]}
+              for values in (once, again)]  # fmt: skip
+    return probes[0] if _near(*probes) else None
 
 
 def _time(t: float) -> Tensor:

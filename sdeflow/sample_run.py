@@ -25,7 +25,7 @@ from sdeflow.engine.base import Engine
 from sdeflow.identity import POINTS, of_model, said
 from sdeflow.model import Model
 from sdeflow.reverse import Eta
-from sdeflow.sampling import sample
+from sdeflow.sampling import parameter_of, sample
 from sdeflow.shard_run import MOST_SAMPLES, own_folder, run_shards
 from sdeflow.solution import Solution
 from sdeflow.solve_input import Grid, Save
@@ -160,10 +160,12 @@ def _about(
 ) -> dict[str, Any]:  # fmt: skip
     """All that the bits of the samples depend on, but for their number and the chunk."""
     asked = model if labels is None else model.bind(label=labels[torch.arange(POINTS) % len(labels)])
-    dtype, device = how["dtype"] or torch.float32, how["device"] or "cpu"
+    like = parameter_of(model)
+    dtype = how["dtype"] or (torch.float32 if like is None else like.dtype)
+    device = (how["device"] or "cpu") if like is None else like.device  # the workers bring the network to theirs
     try:
         x = model.gaussian.prior_sample((POINTS, *shape), 0, dtype=dtype, device=device)
-    except RuntimeError:  # no such device here: it is where the workers are
+    except RuntimeError:  # no such device here
         x = None
     return {
         **of_model(asked, x),

@@ -80,7 +80,7 @@ def sample(
         if t_span is not None or (grid is not None and not callable(grid)):
             raise ValueError('final="zero" ends the grid at t0 itself: give no t_span or grid of times')
         t_span = (process.t1, process.t0)
-    like = _parameter(model)
+    like = parameter_of(model)
     dtype = dtype or (like.dtype if like is not None else torch.float32)
     device = device or (like.device if like is not None else "cpu")
     with torch.no_grad():
@@ -113,7 +113,8 @@ def _automatic(
     return choice.solver, choice.grid if grid is None else grid
 
 
-def _parameter(model: Model) -> Tensor | None:
+def parameter_of(model: Model) -> Tensor | None:
+    """A parameter of the model's network, whose dtype and device samples take; None where there is none."""
     net = model.net
     return next(net.parameters(), None) if isinstance(net, torch.nn.Module) else None
 
