@@ -33,6 +33,8 @@ from sdeflow.times import Time, align, as_time, check_within
 _OF_TIME = ("alpha", "sigma", "lam", "drift_coeff", "diffusion_coeff", "derivatives", "time_of_lam")
 _SAMPLING_SHARE = 1e-3
 """The part of the span next to the data that sampling leaves out by default."""
+_INWARD = 1e-6
+"""Of the span: how far from the data a limit there is extrapolated from."""
 
 
 def _takes_numbers(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,9 +112,19 @@ class GaussianSDE(SDE):
     def diffusion_coeff(self, t: Time) -> Tensor:
         """g(t) of the noise g(t) dW, float64 of the shape of t."""
         t = as_time(t)
+        square = self._derived_square(t)
+        at_data = torch.isnan(square) & (self.sigma(t) == 0)  # where sigma grows as sqrt(t - t0): 0 times infinity
+        if bool(at_data.any()):
+            h = _INWARD * (self.t1 - self.t0)
+            near, beyond = (self._derived_square(t + k * h) for k in (1, 2))
+            square = torch.where(at_data, 2 * near - beyond, square)
+        return torch.sqrt(torch.clamp(square, min=0.0))
+
+    def _derived_square(self, t: Tensor) -> Tensor:
+        """g^2 = (sigma^2)' - 2 f sigma^2."""
         alpha, sigma = self.alpha(t), self.sigma(t)
         d_alpha, d_sigma = self.derivatives(t)
-        return torch.sqrt(torch.clamp(2 * sigma * (d_sigma - d_alpha / alpha * sigma), min=0.0))
+        return 2 * sigma * (d_sigma - d_alpha / alpha * sigma)
 
     # ---- the law
 

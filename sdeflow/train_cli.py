@@ -54,7 +54,9 @@ def train_command(
     precision: Annotated[
         str, typer.Option("--precision", "--dtype", help="float32 or bfloat16 (autocast).")
     ] = "float32",
-    save_every: Annotated[int, typer.Option(help="Steps between states kept for going on.", min=1)] = 500,
+    save_every: Annotated[
+        int, typer.Option(help="Steps between states kept for going on, a multiple of 50.", min=1)
+    ] = 500,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
@@ -84,6 +86,10 @@ def train_command(
         check_folder(out)
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f'expected precision "float32" or "bfloat16", got {precision!r}')
+        if save_every % 50:
+            raise ValueError(
+                f"expected --save-every as a multiple of 50, the steps of a row of {log.name}, got {save_every}"
+            )
         where = _own_device(device)
         torch.set_num_threads(threads)
         images, known = _loaded(data)

@@ -487,3 +487,12 @@ def test_without_the_extra_the_package_works_and_the_report_says_what_is_missing
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=tmp_path, check=True
     )
     assert "pip install 'sdeflow[bench]'" in done.stdout
+
+
+def test_grids_that_a_process_does_not_have_are_not_chosen_for_the_user():
+    problem = sf.bench.Problem(sf.problems.TwoMoons().model(sf.RectifiedFlow()), shape=(2,), samples=16, draws=16)
+    chosen = sf.bench.run(problem, solvers=["DDIM"], nfe=[4])
+    assert {r.status for r in chosen} == {"ok"}
+    assert len({r.grid for r in chosen}) >= 2
+    asked = sf.bench.run(problem, solvers=["DDIM"], grids=["karras"], nfe=[4])
+    assert [r.status for r in asked] == ["failed"]

@@ -93,7 +93,7 @@ def test_failures_are_one_line_and_not_success(tmp_path):
     for words, message in (
         (("--lr", "-1"), "expected lr > 0"),
         (("--lr", "nan"), "expected lr > 0"),
-        (("--save-every", 7), "expected save_every as a multiple"),
+        (("--save-every", 7), "expected --save-every as a multiple of 50"),
     ):
         result = _run("train", "digits", "--out", tmp_path / "new" / "run", *TINY, *words)
         assert result.exit_code == 1

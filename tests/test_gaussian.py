@@ -411,6 +411,26 @@ def test_functions_of_time_keep_shape_and_are_float64(name):
         assert function(t.to(torch.float32)).dtype == F64
 
 
+@pytest.mark.parametrize(
+    ("alpha", "sigma", "want"),
+    [
+        (lambda t: torch.exp(-t), lambda t: torch.sqrt(-torch.expm1(-2 * t)), 2**0.5),
+        (lambda t: 2 * torch.exp(-t), lambda t: torch.sqrt(-torch.expm1(-2 * t)), 2**0.5),
+        (lambda t: 1 + t, lambda t: torch.sqrt(t) * (1 + t), 1.0),
+        (lambda t: 1 - t / 2, lambda t: t, 0.0),
+    ],
+)
+def test_the_noise_at_the_data_is_the_limit_of_the_kernels(alpha, sigma, want):
+    """g^2 = (sigma^2)' - 2 f sigma^2 at sigma = 0, where sigma' is infinite and g is not; by hand."""
+    process = sf.GaussianSDE.from_kernel(alpha, sigma, 0.0, 1.5)
+    assert float(process.diffusion_coeff(0.0)) == pytest.approx(want, abs=1e-9)
+    both = process.diffusion_coeff(torch.tensor([0.0, 0.7], dtype=F64))
+    assert float(both[0]) == float(process.diffusion_coeff(0.0))
+    assert float(both[1]) == float(process.diffusion_coeff(0.7))
+    path = process.simulate(torch.zeros(4, 1), steps=10, seed=0)
+    assert bool(torch.isfinite(path.x).all())
+
+
 @pytest.mark.parametrize("name", ["VP", "VE", "from_kernel", "subclass by coefficients"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_marginals_take_one_time_or_one_a_sample(name, dtype):

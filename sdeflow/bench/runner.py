@@ -73,7 +73,7 @@ def run(
     Args:
         problem: the name of a suite, a `Problem`, or a function without arguments that returns one.
         solvers: names in `METHODS`, or a `Method` of your own; those of the suite unless given.
-        grids: names in `GRIDS`, or grid functions; likewise.
+        grids: names in `GRIDS`, or grid functions; likewise, without those that a problem's process does not have.
         nfe: budgets of model calls; likewise.
         samples, draws, tolerance: instead of the problems' own.
         seed: of starts and noise.
@@ -109,7 +109,10 @@ def run(
             need(module)
     problems = [dataclasses.replace(make(), **changes) for make in makers]  # type: ignore[arg-type]
     jobs = list(axes.jobs())
-    wanted = [(p, j) for p, problem in enumerate(problems) for j, job in enumerate(jobs) if _measurable(problem, job)]
+    wanted = [
+        (p, j) for p, problem in enumerate(problems) for j, job in enumerate(jobs)
+        if _measurable(problem, job) and (grids is not None or _has_grid(problem, job))
+    ]  # fmt: skip
     if out is not None:
         check_folder(out, (_key(problems[p], jobs[j]) for p, j in wanted), seed)
     work = RunWork(problems, jobs, seed, dtype, torch.device(device), None if engine is None else 1)
@@ -153,6 +156,18 @@ def _resolve(problem: Any) -> tuple[Suite, tuple[Callable[[], Problem], ...]]:
 def _measurable(problem: Problem, job: Job) -> bool:
     """Whether the reference is finer than the tolerance: a run would be measured against itself otherwise."""
     return job.tolerance is None or problem.reference is not None or job.tolerance >= 10 * problem.tolerance
+
+
+def _has_grid(problem: Problem, job: Job) -> bool:
+    """Whether the process has such a grid: not one by lam, for instance, where alpha goes to 0."""
+    if job.times is None:
+        return True
+    process = problem.model.sde
+    try:
+        job.times(process, 4, process.t1, process.t_min)
+    except ValueError:
+        return False
+    return True
 
 
 def _key(problem: Problem, job: Job) -> tuple[Any, ...]:
