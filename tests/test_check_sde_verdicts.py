@@ -216,13 +216,14 @@ def test_a_stratonovich_drift_of_zero_is_no_failure():
 
 
 def test_a_kernel_with_a_root_at_the_data():
-    """sigma'(t0) is infinite: moments from t0 are one clear error, from inside they are exact."""
+    """sigma'(t0) is infinite and g is not: moments from t0 are exact, and from inside."""
     process = GaussianSDE.from_kernel(lambda t: torch.exp(-t), lambda t: torch.sqrt(1 - torch.exp(-2 * t)), 0.0, 3.0)
     x0 = torch.ones(1, 1, dtype=F64)
-    with pytest.raises(ValueError, match="singular at this time"):
-        moments.moments(process, x0, 1.0)
-    _, values = moments.moments(process, x0, 1.0, s=0.25)
-    assert abs(float(values[0, 1]) - math.exp(-0.75)) < 1e-9
+    for s in (0.0, 0.25):
+        _, values = moments.moments(process, x0, 1.0, s=s)
+        mean = math.exp(s - 1)
+        assert abs(float(values[0, 1]) - mean) < 1e-9
+        assert abs(float(values[0, 2]) - mean**2 - (1 - mean**2)) < 1e-7
     assert check_sde(process, points=2)["kernel and moments"].verdict == "pass"
 
 
