@@ -224,6 +224,8 @@ def test_a_kernel_with_a_root_at_the_data():
         mean = math.exp(s - 1)
         assert abs(float(values[0, 1]) - mean) < 1e-9
         assert abs(float(values[0, 2]) - mean**2 - (1 - mean**2)) < 1e-7
+    with pytest.raises(ValueError, match="singular at this time"):
+        moments.moments(sf.RectifiedFlow(), x0, 1.0)  # f is infinite at t1
     assert check_sde(process, points=2)["kernel and moments"].verdict == "pass"
 
 
